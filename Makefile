@@ -1,0 +1,71 @@
+# What works on a fresh clone: `make train`, `make test`. Variables, for example
+#   make train PYTHON=python3.12 TENSORFLOW=tensorflow TRAIN="lenet --epochs 10 --policy dfp16_paper"
+# PYTHON and TENSORFLOW matter when .venv is made; `make distclean` removes it.
+
+PYTHON ?= python3
+TENSORFLOW ?= tensorflow-cpu
+TRAIN ?= lenet
+TEST ?= -m "not slow"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test test-slow lint format build clean distclean
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python files need no rebuild: the installation is editable.
+NATIVE := $(shell find pyx -type f)
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | \
+		awk -F'|' '{printf "  %-16s%s\n", $$1, $$2}'
+
+train: build/train.stamp build/native.stamp  ## Train a CNN on handwritten digits, float32 against dfp16
+	$(BIN)/keras-dfp train $(TRAIN)
+
+test: build/dev.stamp build/native.stamp  ## Run the tests (but those marked slow)
+	$(BIN)/python -m pytest $(TEST)
+
+test-slow: build/dev.stamp build/native.stamp  ## Run the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
+lint: build/dev.stamp  ## Check style: ruff, cython-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint pyx
+
+format: build/dev.stamp  ## Bring Python files into ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: build/dev.stamp build/native.stamp  ## Make .venv with all that development needs, build the native core
+
+clean:  ## Remove what was built
+	rm -rf build dist *.egg-info keras_dfp/_native.*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv too
+	rm -rf .venv
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "keras-dfp needs Python 3.11 or later: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@printf '#include <Python.h>\n#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' | \
+		$$($(PYTHON) -c 'import os, sysconfig as s; print(os.environ.get("CC") or s.get_config_var("CC"), "-I" + s.get_path("include"))') \
+		-fopenmp -x c - -c -o /dev/null || { \
+		echo "keras-dfp needs a C compiler with OpenMP, and Python's headers." >&2; \
+		echo "Debian, Ubuntu: apt install gcc python3-dev; another compiler: make CC=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+build/train.stamp: .venv/pyvenv.cfg pyproject.toml setup.py
+	$(INSTALL) 'setuptools>=77' 'cython>=3.1' $(TENSORFLOW)
+	$(INSTALL) --no-build-isolation --editable '.[train]'
+	@mkdir -p build && touch $@
+
+build/dev.stamp: build/train.stamp
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+build/native.stamp: build/train.stamp $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@

@@ -1,0 +1,36 @@
+"""The plugin: what Keras's TensorFlow backend does differently under a DFPPolicy.
+
+Keras layers multiply through a handful of functions of Keras's backend. Each is replaced by a
+dispatcher, which asks the calling layer's dtype policy what to do:
+
+    Dense.call -> keras.ops.matmul -> keras.src.backend.numpy.matmul
+                                               |
+                         products.py:      dispatch
+                         calling.py:    calling_layer()   innermost layer on Keras's name scopes
+                         calling.py:    decide(layer)     layer.dtype_policy: a format, or FP32
+                                         /          \\
+                            keras_dfp.ops.matmul    Keras's own matmul
+
+So every layer that multiplies through Keras is reached, nobody's layer class is replaced, and a
+layer with another policy computes exactly what it computes without the plugin.
+
+    registry.py    the one list of what is replaced; install, uninstall
+    calling.py     who is calling, and what its policy decides
+    products.py    the dispatchers: convolutions, matmul, einsum, attention
+    rnn.py         constants of a recurrent loop are quantised before it
+    remat.py       recomputed layers keep their policy
+    jit.py         no XLA for layers on integers
+    recording.py   watches a trace, for `describe`
+
+To do one more thing differently, decorate `make(original) -> replacement` with
+`registry.replaces(owner, name)`. `keras_dfp.policy` and `keras_dfp.model_policy` add the entries
+that concern policies.
+"""
+
+from keras_dfp.backend import jit as jit
+from keras_dfp.backend import products as products
+from keras_dfp.backend import remat as remat
+from keras_dfp.backend import rnn as rnn
+from keras_dfp.backend.registry import install as install
+from keras_dfp.backend.registry import installed as installed
+from keras_dfp.backend.registry import uninstall as uninstall

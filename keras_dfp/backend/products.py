@@ -1,0 +1,104 @@
+"""The functions of Keras's TensorFlow backend that multiply, routed to integers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.backend.tensorflow import nn
+from keras.src.backend.tensorflow import numpy as knp
+from tensorflow.python.ops import control_flow_util
+
+from keras_dfp import ops
+from keras_dfp.backend import recording
+from keras_dfp.backend.calling import Decision, calling_layer, decide
+from keras_dfp.backend.registry import replaces
+
+# The operands come first; what follows them are the options that keras_dfp.ops takes too.
+_CONV = "strides padding data_format dilation_rate"
+_PRODUCTS = (
+    (nn, "conv", 2, f"* * {_CONV}"),
+    (nn, "depthwise_conv", 2, f"* * {_CONV}"),
+    (nn, "separable_conv", 3, f"* * * {_CONV}"),
+    (nn, "conv_transpose", 2, "* * strides padding output_padding data_format dilation_rate"),
+    (
+        nn,
+        "dot_product_attention",
+        3,
+        "* * * bias mask scale is_causal flash_attention attn_logits_soft_cap",
+    ),
+    (knp, "matmul", 2, "* *"),
+    (knp, "dot", 2, "* *"),
+    (knp, "tensordot", 2, "* * axes"),
+)
+
+
+def _route(name: str, split, original):
+    """Returns the function that stands for `original` while the plugin is installed.
+
+    Args:
+        name: The function's name, in Keras and in `keras_dfp.ops`.
+        split: Takes the arguments of a call and returns its operands.
+        original: Keras's function.
+    """
+
+    @functools.wraps(original)
+    def dispatch(*args, **kwargs):
+        layer = calling_layer()
+        decision = decide(layer)
+        if decision.format is not None:
+            decision = _check_operands(decision, split(*args, **kwargs))
+        with recording.product(layer, name, decision):
+            if decision.format is None:
+                return original(*args, **kwargs)
+            _refuse_xla(layer, name)
+            with ops.format_scope(decision.format):
+                return getattr(ops, name)(*args, **kwargs)
+
+    return dispatch
+
+
+def _check_operands(decision: Decision, operands) -> Decision:
+    """Leaves to stock Keras what is not float32: mixed precision, integers, sparse tensors."""
+    kinds = (tf.Tensor, tf.Variable, keras.Variable, np.ndarray)
+    for operand in operands:
+        if not isinstance(operand, kinds):
+            return Decision(None, f"an operand is a {type(operand).__name__}")
+        dtype = keras.backend.standardize_dtype(operand.dtype)
+        if dtype != "float32":
+            return Decision(None, f"an operand is {dtype}")
+    return decision
+
+
+def _refuse_xla(layer, name: str) -> None:
+    if tf.executing_eagerly():
+        return
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        raise RuntimeError(
+            f"{name} of layer '{layer.path or layer.name}' runs on integers (policy "
+            f"'{layer.dtype_policy.name}') inside a function with jit_compile=True; XLA has no "
+            "kernels for that. Use jit_compile=False, or dtype='float32' for this layer."
+        )
+
+
+def _register(owner, name: str, operands: int, parameters: str) -> None:
+    @replaces(owner, name, parameters)
+    def make(original):
+        signature = inspect.signature(original)
+
+        def split(*args, **kwargs):
+            return list(signature.bind(*args, **kwargs).arguments.values())[:operands]
+
+        return _route(name, split, original)
+
+
+for _product in _PRODUCTS:
+    _register(*_product)
+
+
+@replaces(knp, "einsum", "subscripts operands kwargs")
+def _einsum(original):
+    return _route("einsum", lambda subscripts, *operands, **kwargs: operands, original)

@@ -1,0 +1,71 @@
+"""`keras-dfp describe`: which layers of a model run on integers, and why the others do not."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import click
+import keras
+
+import keras_dfp
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--policy",
+    type=click.Choice(["dfp16", "dfp16_paper"]),
+    help="Describe MODEL as it would run under this policy.  "
+    "[default: a file's own; dfp16 for a model by name]",
+)
+def describe(model: str, policy: str | None) -> None:
+    """Show what runs on integers in MODEL, layer by layer, and why the rest stays FP32.
+
+    MODEL is a .keras file, or the name of a model of keras.applications.
+
+    \b
+    Examples:
+      keras-dfp describe ResNet50
+      keras-dfp describe mobilenetv2 --policy dfp16_paper
+      keras-dfp describe runs/lenet/dfp16.keras
+    """
+    if model.endswith((".keras", ".h5")) or Path(model).exists():
+        described = load(Path(model))
+    else:
+        described = build(model)
+        policy = policy or "dfp16"
+    try:
+        if policy:
+            keras_dfp.set_model_policy(described, policy)
+        report = keras_dfp.describe(described)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(report)
+
+
+def load(path: Path) -> keras.Model:
+    """Returns the model of a file."""
+    try:
+        return keras.models.load_model(path, compile=False)
+    # What Keras raises depends on what is wrong with the file.
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise click.ClickException(f"Cannot load {path}: {error}") from error
+
+
+def build(name: str) -> keras.Model:
+    """Returns a model of keras.applications, untrained."""
+    applications = {
+        key.lower(): value
+        for key, value in vars(keras.applications).items()
+        if key[0].isupper() and callable(value)
+    }
+    if name.lower() not in applications:
+        close = difflib.get_close_matches(name.lower(), applications)
+        names = [applications[key].__name__ for key in (close or sorted(applications))]
+        raise click.BadParameter(
+            f"{name!r} is neither a .keras file nor a model of keras.applications. "
+            f"{'Did you mean' if close else 'There are'}: {', '.join(names)}",
+            param_hint="MODEL",
+        )
+    return applications[name.lower()](weights=None)

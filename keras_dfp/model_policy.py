@@ -1,0 +1,149 @@
+"""The policy of a whole model: set_model_policy, and what is settled once a model is complete."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+
+import keras
+from keras import dtype_policies
+from keras.src.layers.convolutional.base_conv import BaseConv
+from keras.src.layers.convolutional.base_conv_transpose import BaseConvTranspose
+from keras.src.layers.convolutional.base_depthwise_conv import BaseDepthwiseConv
+from keras.src.layers.convolutional.base_separable_conv import BaseSeparableConv
+from keras.src.trainers.trainer import Trainer
+
+from keras_dfp import backend
+from keras_dfp.backend.calling import Decision
+from keras_dfp.backend.registry import replaces
+from keras_dfp.policy import DFPPolicy
+
+_CONVOLUTIONS = (BaseConv, BaseConvTranspose, BaseDepthwiseConv, BaseSeparableConv)
+
+
+def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolicy) -> None:
+    """Gives all layers of a model a policy, in place; weights and optimizer stay as they are.
+
+    Nested models, wrapped layers, cells and the layers inside layers are included. Layers that do
+    not compute in floating point on float32 variables (of integers or strings, quantised ones)
+    keep their policy. The model's compiled functions are dropped, so that the next `fit`,
+    `evaluate` or `predict` traces it again; an outer model, or a function of your own, that has
+    traced this model keeps what it traced.
+
+    Args:
+        model: Any Keras model; one loaded from a file, for instance.
+        policy: A `DFPPolicy` or its name, or `"float32"` to take it back.
+
+    Raises:
+        ValueError: If `policy` is neither, or if no layer of the model has float32 variables.
+
+    Example:
+
+    >>> model = keras.models.load_model("trained_in_float32.keras")
+    >>> keras_dfp.set_model_policy(model, "dfp16")
+    """
+    backend.install()
+    policy = dtype_policies.get(policy)
+    if not isinstance(policy, DFPPolicy) and policy != keras.DTypePolicy("float32"):
+        raise ValueError(
+            f"set_model_policy: policy must be a DFPPolicy or 'float32'; got {policy!r}."
+        )
+    layers = [layer for layer in layers_in_order(model) if _has_float32_variables(layer)]
+    if not layers:
+        raise ValueError(
+            f"set_model_policy: no layer of model '{model.name}' has float32 variables "
+            f"(its dtype policy is '{model.dtype_policy.name}')."
+        )
+    for layer in layers:
+        layer.dtype_policy = policy
+        if isinstance(layer, Trainer):
+            layer.train_function = layer.test_function = layer.predict_function = None
+    _settle(model)
+
+
+def layers_in_order(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """Yields a layer and all inside it, each once, in the order of the model."""
+    seen = set()
+
+    def walk(layer):
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            yield layer
+            for inner in layer._flatten_layers(include_self=False, recursive=False):
+                yield from walk(inner)
+
+    return walk(layer)
+
+
+def first_and_last(model: keras.Model) -> dict[keras.layers.Layer, str]:
+    """Returns the first convolution and the last Dense of a model, with what they are."""
+    layers = list(layers_in_order(model))
+    convolutions = [layer for layer in layers if isinstance(layer, _CONVOLUTIONS)]
+    denses = [layer for layer in layers if isinstance(layer, keras.layers.Dense)]
+    return {
+        **{layer: "first convolution" for layer in convolutions[:1]},
+        **{layer: "last dense layer" for layer in denses[-1:]},
+    }
+
+
+def warn_of_unmatched_patterns(model: keras.Model) -> None:
+    """Warns of patterns in the policies of a model's layers that match no layer."""
+    layers = list(layers_in_order(model))
+    policies = dict.fromkeys(
+        layer.dtype_policy for layer in layers if isinstance(layer.dtype_policy, DFPPolicy)
+    )
+    unmatched = [p for policy in policies for p in policy.unmatched_patterns(layers)]
+    if unmatched:
+        warnings.warn(
+            f"keras_dfp: no layer of model '{model.name}' matches "
+            f"{', '.join(map(repr, dict.fromkeys(unmatched)))}. Patterns are compared with a "
+            "layer's full path and with its last component; describe(model) lists the paths.",
+            stacklevel=3,
+        )
+
+
+def _has_float32_variables(layer) -> bool:
+    return (
+        layer.variable_dtype == "float32"
+        and keras.backend.is_float_dtype(layer.compute_dtype)
+        and layer.quantization_mode is None
+    )
+
+
+def _settle(model) -> None:
+    """Does what needs the whole model: once it is compiled and built, in whichever order."""
+    for layer in first_and_last(model):
+        policy = layer.dtype_policy
+        if not isinstance(policy, DFPPolicy) or policy.name != "dfp16_paper":
+            continue
+        if policy.decide(layer) == Decision(policy.format):
+            layer.dtype_policy = policy.excluding(layer)
+    warn_of_unmatched_patterns(model)
+    if model.compiled and model.jit_compile:
+        # Keras asks whether the model supports it, and falls back with a warning, when the value
+        # changes.
+        model.jit_compile = False
+        model.jit_compile = True
+
+
+@replaces(Trainer, "compile")
+def _settle_when_compiled(original):
+    @functools.wraps(original)
+    def compile(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.built:
+            _settle(self)
+
+    return compile
+
+
+@replaces(keras.Operation, "_post_build", "self")
+def _settle_when_built(original):
+    @functools.wraps(original)
+    def post_build(self):
+        original(self)
+        if isinstance(self, Trainer) and self.compiled:
+            _settle(self)
+
+    return post_build

@@ -1,0 +1,346 @@
+"""The compiled extension as TensorFlow ops, and the gradients of those ops.
+
+One file has two roles. `keras_dfp._native` registers its ops with TensorFlow when it is loaded as
+an op library, and is an ordinary Python module besides; TensorFlow must see it first. After
+`import keras_dfp.native`, `lib.dfp_conv` and its kin are the raw ops and `extension` the module.
+
+Between ops a tensor travels as an `Operand`: int16 mantissas and an int32 exponent, which carry no
+gradient in TensorFlow, and a token, which does. A token is an empty float32 tensor whose gradient
+is the full float32 gradient of the tensor that was quantised: kernels never read it, and it keeps
+nothing alive.
+
+A `Product` is one native op: it is linear in each of its two factors, so the gradient of a product
+is two other products. That closes the family, and gradients of any order exist (rounding counts as
+the identity, the straight-through estimate).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+try:
+    import tensorflow as tf
+except ImportError as error:
+    raise ImportError(
+        "keras_dfp needs TensorFlow, which is not installed. Install it with "
+        "`pip install keras-dfp[tensorflow]`, or `keras-dfp[cpu]` for tensorflow-cpu."
+    ) from error
+
+from keras_dfp import float32
+
+
+@contextlib.contextmanager
+def _passive_waiting():
+    """Lets OpenMP's idle threads sleep: spinning ones would steal the CPU from TensorFlow's.
+
+    libgomp reads its environment once, when it is loaded; nothing is left behind for others.
+    """
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]
+
+
+def _load():
+    spec = importlib.util.find_spec("keras_dfp._native")
+    if spec is None:
+        raise ImportError(
+            "keras_dfp's compiled extension (keras_dfp._native) is not built. Install the package "
+            "with `pip install .`, or run `python setup.py build_ext --inplace` in a clone."
+        )
+    try:
+        with _passive_waiting():
+            library = tf.load_op_library(spec.origin)
+    except tf.errors.OpError as error:
+        raise ImportError(
+            f"TensorFlow {tf.__version__} cannot load keras_dfp's compiled extension "
+            f"{spec.origin}: {error.message}. Reinstall keras-dfp for this Python and machine."
+        ) from error
+    return library, importlib.import_module("keras_dfp._native")
+
+
+lib, extension = _load()
+
+
+class Operand(NamedTuple):
+    """A tensor as native ops take it: it stands for `q * 2**exponent`."""
+
+    q: tf.Tensor
+    exponent: tf.Tensor
+    token: tf.Tensor
+
+
+def quantize(x, bits: int, rounding: str, tensor_id: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the mantissas and the exponent of `x`.
+
+    Stochastic rounding draws the `step` of its noise from TensorFlow's random numbers, so
+    `keras.utils.set_random_seed` makes it repeatable, in loops and across replicas as well.
+    """
+    step = []
+    if rounding == "stochastic":
+        step = [tf.random.uniform([], maxval=tf.int64.max, dtype=tf.int64)]
+    return lib.dfp_quantize(
+        x=x, exponent=[], step=step, mantissa_bits=bits, rounding=rounding, tensor_id=tensor_id
+    )
+
+
+class Factor:
+    """A factor of a product, as float32 and as integers; each is made when first asked for.
+
+    Args:
+        like: A tensor of the factor's shape.
+        float32: Returns the factor as a float32 tensor.
+        operand: Returns the factor as an `Operand`.
+    """
+
+    def __init__(self, like, float32: Callable, operand: Callable[[], Operand]):
+        self._like = like
+        self._float32 = float32
+        self._operand = operand
+
+    @classmethod
+    def saved(cls, operand: Operand) -> Factor:
+        """The factor that the forward pass quantised."""
+        return cls(operand.q, lambda: lib.dfp_dequantize(*operand), lambda: operand)
+
+    @classmethod
+    def incoming(cls, dy, bits: int, rounding: str) -> Factor:
+        """The gradient of an op's output: quantised once for all that reads it."""
+
+        def operand():
+            return Operand(*quantize(dy, bits, rounding, tensor_id=2), lib.dfp_token(x=dy))
+
+        return cls(dy, lambda: dy, operand)
+
+    @property
+    def sizes(self):
+        return tf.shape(self._like)
+
+    @functools.cached_property
+    def float32(self):
+        return self._float32()
+
+    @functools.cached_property
+    def operand(self) -> Operand:
+        return self._operand()
+
+
+class Product:
+    """A native op that multiplies two tensors.
+
+    Args:
+        attrs: The attributes of the TensorFlow op.
+    """
+
+    # Which entries of `attrs` say in what arithmetic the gradient of each factor is computed.
+    modes = ("input_gradient", "weight_gradient")
+
+    def __init__(self, attrs: dict):
+        self.attrs = attrs
+
+    def dfp(self, first: Operand, second: Operand) -> tf.Tensor:
+        """Returns the product of two operands, computed on their integers."""
+        raise NotImplementedError
+
+    def float32(self, first, second) -> tf.Tensor:
+        """Returns the product of two float32 tensors, computed by stock TensorFlow."""
+        raise NotImplementedError
+
+    def _backward(self, first: Factor, second: Factor, dy: Factor):
+        """Returns, for each factor, the product that is its gradient, and what it multiplies."""
+        raise NotImplementedError
+
+    def gradients(self, first: Factor, second: Factor, dy, wanted=(True, True)) -> list:
+        """Returns the gradients of both factors, None where one is not wanted."""
+        dy = Factor.incoming(dy, self.attrs[self.output_bits], self.attrs["rounding"])
+        results = []
+        for (product, a, b), mode, want in zip(
+            self._backward(first, second, dy), self.modes, wanted, strict=True
+        ):
+            if not want:
+                results.append(None)
+            elif self.attrs[mode] == "dfp":
+                results.append(product.dfp(a.operand, b.operand))
+            else:
+                results.append(product.float32(a.float32, b.float32))
+        return results
+
+    @classmethod
+    def register_gradient(cls, op_type: str, first: int, second: int):
+        """Registers the gradient of an op whose factors start at these inputs."""
+
+        @tf.RegisterGradient(op_type)
+        def gradient(op, dy, *_):
+            factors = [Factor.saved(_here(Operand(*op.inputs[i : i + 3]))) for i in (first, second)]
+            tokens = [first + 2, second + 2]
+            # Only the eager tape says which gradients nobody reads; a graph prunes them.
+            skipped = getattr(op, "skip_input_indices", None) or ()
+            results = cls(_attrs(op, cls.names)).gradients(
+                *factors, dy, wanted=[token not in skipped for token in tokens]
+            )
+            by_input = dict(zip(tokens, results, strict=True))
+            return [by_input.get(i) for i in range(len(op.inputs))]
+
+
+def _here(operand: Operand) -> Operand:
+    """Returns an operand of the forward pass for use in the graph of its gradient.
+
+    The gradient of a function, a loop or a branch is a graph of its own. A token must not enter
+    it: TensorFlow would seed the token's gradient with zeros of the token's own, empty, shape. A
+    constant takes its place, so first-order gradients work and higher ones say why they do not.
+    """
+    token = operand.token
+    if tf.executing_eagerly():
+        return operand
+    graph = getattr(token, "graph", None)
+    if graph is not None and token.op.type == "Const":
+        raise NotImplementedError(
+            f"keras_dfp: the gradient of a gradient (here of {token.consumers()[0].type}) is not "
+            "available across the boundary of a tf.function, tf.while_loop or tf.cond. Put all "
+            "tapes inside one tf.function or run eagerly; or use a float32 policy there."
+        )
+    if graph is not tf.compat.v1.get_default_graph():
+        return operand._replace(token=tf.constant([], tf.float32))
+    return operand
+
+
+def _attrs(op, names) -> dict:
+    attrs = {name: op.get_attr(name) for name in names}
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
+
+
+_SHARED = ("accumulation", "rounding", "input_gradient", "weight_gradient")
+
+
+class Matmul(Product):
+    """`a @ b`, either of them transposed; shapes [..., M, K] and [..., K, N], no broadcasting."""
+
+    names = ("a_bits", "b_bits", "dy_bits", "transpose_a", "transpose_b", *_SHARED)
+    output_bits = "dy_bits"
+
+    def dfp(self, first, second):
+        return lib.dfp_matmul(*first, *second, **self.attrs)
+
+    def float32(self, first, second):
+        attrs = self.attrs
+        return tf.matmul(
+            first, second, transpose_a=attrs["transpose_a"], transpose_b=attrs["transpose_b"]
+        )
+
+    def _backward(self, first, second, dy):
+        bits_a, bits_b, bits_dy, ta, tb = (self.attrs[name] for name in self.names[:5])
+
+        def times(a_bits, transpose_a, b_bits, transpose_b, dy_bits):
+            changed = (a_bits, b_bits, dy_bits, transpose_a, transpose_b)
+            return Matmul({**self.attrs, **dict(zip(self.names, changed, strict=False))})
+
+        if ta:
+            da = times(bits_b, tb, bits_dy, True, bits_a), second, dy
+        else:
+            da = times(bits_dy, False, bits_b, not tb, bits_a), dy, second
+        if tb:
+            db = times(bits_dy, True, bits_a, ta, bits_b), dy, first
+        else:
+            db = times(bits_a, not ta, bits_dy, False, bits_b), first, dy
+        return da, db
+
+
+class _Convolution(Product):
+    geometry = ("strides", "padding", "explicit_paddings", "dilations", "depthwise")
+    names = ("x_bits", "w_bits", "dy_bits", *geometry, *_SHARED)
+
+    def __init__(self, attrs: dict, sizes=None):
+        super().__init__(attrs)
+        self.sizes = sizes
+        self._geometry = {name: attrs[name] for name in self.geometry}
+
+
+class Conv(_Convolution):
+    """The convolution y of x with w."""
+
+    output_bits = "dy_bits"
+
+    def dfp(self, first, second):
+        return lib.dfp_conv(*first, *second, **self.attrs).y
+
+    def float32(self, first, second):
+        return float32.conv(first, second, **self._geometry)
+
+    def _backward(self, first, second, dy):
+        return (
+            (ConvInputGradient(self.attrs, first.sizes), second, dy),
+            (ConvFilterGradient(self.attrs, second.sizes), first, dy),
+        )
+
+
+class ConvInputGradient(_Convolution):
+    """The gradient dx of a convolution's input, of shape `sizes`, from w and dy.
+
+    It is the transposed convolution of dy with w, whose input is dy.
+    """
+
+    modes = ("weight_gradient", "input_gradient")
+    output_bits = "x_bits"
+
+    def dfp(self, first, second):
+        return lib.dfp_conv_backprop_input(self.sizes, *first, *second, **self.attrs)
+
+    def float32(self, first, second):
+        return float32.conv_input_gradient(self.sizes, first, second, **self._geometry)
+
+    def _backward(self, first, second, dy):
+        return (
+            (ConvFilterGradient(self.attrs, first.sizes), dy, second),
+            (Conv(self.attrs), dy, first),
+        )
+
+
+class ConvFilterGradient(_Convolution):
+    """The gradient dw of a convolution's kernel, of shape `sizes`, from x and dy."""
+
+    output_bits = "w_bits"
+
+    def dfp(self, first, second):
+        return lib.dfp_conv_backprop_filter(*first, self.sizes, *second, **self.attrs)
+
+    def float32(self, first, second):
+        return float32.conv_filter_gradient(first, self.sizes, second, **self._geometry)
+
+    def _backward(self, first, second, dy):
+        return (
+            (ConvInputGradient(self.attrs, first.sizes), dy, second),
+            (Conv(self.attrs), first, dy),
+        )
+
+
+Matmul.register_gradient("DfpMatmul", 0, 3)
+Conv.register_gradient("DfpConv", 0, 3)
+ConvInputGradient.register_gradient("DfpConvBackpropInput", 1, 4)
+ConvFilterGradient.register_gradient("DfpConvBackpropFilter", 0, 4)
+tf.no_gradient("DfpQuantize")
+
+
+@tf.RegisterGradient("DfpDequantize")
+def _dequantize_gradient(op, dy):
+    return None, None, dy
+
+
+@tf.RegisterGradient("DfpToken")
+def _token_gradient(op, dtoken):
+    """Hands the gradient that the token stands for to x, in x's own layout."""
+    x, perm = op.inputs[0], list(op.get_attr("perm"))
+    if perm:
+        dtoken = tf.reshape(dtoken, tf.gather(tf.shape(x), perm))
+        return tf.transpose(dtoken, sorted(range(len(perm)), key=perm.__getitem__))
+    if x.shape.is_fully_defined() and x.shape == dtoken.shape:
+        return dtoken
+    return tf.reshape(dtoken, tf.shape(x))

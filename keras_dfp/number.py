@@ -1,0 +1,161 @@
+"""The number format: dynamic fixed point, 16-bit mantissas and one shared exponent per tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+MANTISSA_BITS = range(8, 17)
+ROUNDINGS = ("nearest", "truncate", "stochastic")
+ACCUMULATIONS = ("exact", "spill")
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+
+# The exponent of a tensor that held a NaN or an infinity: everything computed from it is NaN.
+NAN_EXPONENT = -(2**31)
+
+
+def _one_of(name: str, value, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class DFPFormat:
+    """How a product is computed: the format of its operands and of its accumulation.
+
+    Args:
+        mantissa_bits: Bits of a mantissa, sign included, 8 to 16. Mantissas are always stored
+            as int16 and lie in `[-qmax, qmax]`, `qmax = 2**(mantissa_bits - 1) - 1`.
+        rounding: `"nearest"` (ties to even), `"truncate"` (toward zero) or `"stochastic"`.
+        accumulation: `"exact"` (the integer sum is rounded once) or `"spill"` (the paper's:
+            INT32 chains of a safe length, added in float32).
+        products: Which of the products `"forward"`, `"input_gradient"` and `"weight_gradient"`
+            run on integers; the others run in float32.
+
+    Raises:
+        ValueError: If an argument is not one of the values above.
+
+    Example:
+
+    >>> DFPFormat().qmax
+    8191
+    """
+
+    mantissa_bits: int = 14
+    rounding: str = "nearest"
+    accumulation: str = "exact"
+    products: tuple[str, ...] = PRODUCTS
+
+    def __post_init__(self):
+        bits = self.mantissa_bits
+        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in MANTISSA_BITS:
+            raise ValueError(f"mantissa_bits must be an integer from 8 to 16; got {bits!r}.")
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("accumulation", self.accumulation, ACCUMULATIONS)
+        if isinstance(self.products, str):
+            raise ValueError(
+                f"products must be a collection of names, such as ('forward',); got the string "
+                f"{self.products!r}."
+            )
+        products = tuple(self.products)
+        for product in products:
+            _one_of("each of products", product, PRODUCTS)
+        if not products:
+            raise ValueError(
+                "products must name at least one of "
+                f"{', '.join(map(repr, PRODUCTS))}; got none. For none, use dtype='float32'."
+            )
+        # One spelling of each set, so that equal formats compare equal.
+        object.__setattr__(self, "products", tuple(p for p in PRODUCTS if p in products))
+
+    @property
+    def qmax(self) -> int:
+        """The largest mantissa: `2**(mantissa_bits - 1) - 1`."""
+        return 2 ** (self.mantissa_bits - 1) - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DFPTensor:
+    """A tensor in dynamic fixed point: it stands for `mantissa * 2**exponent`.
+
+    Args:
+        mantissa: int16 array of any shape.
+        exponent: The exponent shared by all elements; -2**31 marks a tensor that held a NaN or
+            an infinity.
+        mantissa_bits: Bits of a mantissa, sign included.
+    """
+
+    mantissa: np.ndarray
+    exponent: int
+    mantissa_bits: int = 14
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.mantissa.shape
+
+    def dequantize(self) -> np.ndarray:
+        """Returns `mantissa * 2**exponent` as a float32 array, rounded once where it must be."""
+        from keras_dfp import native
+
+        return native.lib.dfp_dequantize(
+            q=self.mantissa, e=np.int32(self.exponent), token=np.zeros(0, np.float32)
+        ).numpy()
+
+
+def quantize(
+    x, mantissa_bits: int = 14, rounding: str = "nearest", seed: int | None = None
+) -> DFPTensor:
+    """Quantises an array to dynamic fixed point.
+
+    The exponent is the smallest with which the largest magnitude of `x` fits:
+    `e = floor(log2(max|x|)) - (mantissa_bits - 2)`, and the mantissas are
+    `clamp(round(x * 2**-e), -qmax, qmax)` (Das et al., 2018, section 3; see docs/numerics.md).
+
+    Args:
+        x: float32 array-like of any shape (float16, bfloat16 and integers that float32 holds
+            exactly are converted; float64 is refused, because it would be rounded twice).
+        mantissa_bits: Bits of a mantissa, sign included, 8 to 16.
+        rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
+        seed: Seed of stochastic rounding; `None` means 0. The same seed gives the same result.
+
+    Returns:
+        A `DFPTensor`. All zeros, or an empty array, have exponent 0; an array that holds a NaN or
+        an infinity has mantissas 0 and exponent -2**31, and everything computed from it is NaN.
+
+    Raises:
+        ValueError: If `mantissa_bits` or `rounding` is not allowed.
+        TypeError: If `x` is float64 or another type that float32 does not hold exactly.
+
+    Example:
+
+    >>> t = keras_dfp.quantize([1.0, -0.5, 0.3])
+    >>> t.mantissa, t.exponent
+    (array([ 4096, -2048,  1229], dtype=int16), -12)
+    """
+    from keras_dfp import native
+
+    DFPFormat(mantissa_bits=mantissa_bits, rounding=rounding)
+    q, e = native.lib.dfp_quantize(
+        x=_as_float32(x),
+        exponent=[],
+        step=[],
+        mantissa_bits=mantissa_bits,
+        rounding=rounding,
+        seed=int(seed or 0),
+    )
+    return DFPTensor(q.numpy(), int(e), mantissa_bits)
+
+
+def _as_float32(x) -> np.ndarray:
+    if isinstance(x, (int, float, list, tuple)):
+        return np.asarray(x, np.float32)
+    x = np.asarray(x)
+    if x.dtype == np.float64 or (x.dtype != np.float32 and not np.can_cast(x.dtype, np.float32)):
+        if str(x.dtype) != "bfloat16":
+            raise TypeError(
+                f"quantize: x has dtype {x.dtype}, which float32 does not hold exactly; "
+                "convert it yourself first, e.g. x.astype('float32')."
+            )
+    return x.astype(np.float32)

@@ -1,0 +1,359 @@
+"""DFPPolicy: the dtype policy that says which products of a layer run on integers, and how."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+from keras import dtype_policies
+from keras.src import dtype_policies as keras_policies
+from keras.src import models
+from keras.src.models import functional
+
+from keras_dfp import backend, ops
+from keras_dfp.backend.calling import Decision, float32_by_default
+from keras_dfp.backend.registry import replaces
+from keras_dfp.number import PRODUCTS, DFPFormat
+
+NAMES = ("dfp16", "dfp16_paper")
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPPolicy(dtype_policies.DTypePolicyMap):
+    """A dtype policy under which convolutions and matrix products run on 16-bit integers.
+
+    Variables, activations and everything that is not a product stay float32. The names can be
+    used wherever Keras takes a dtype policy: `keras.config.set_dtype_policy("dfp16")`,
+    `keras.layers.Dense(10, dtype="dfp16")`.
+
+    A policy is immutable; `layer.dtype_policy = other` gives one layer another policy.
+
+    Args:
+        name: `"dfp16"`: every convolution and matrix product, exactly; or `"dfp16_paper"`, the
+            recipe of Das et al. (2018): `accumulation="spill"` always, and the first convolution
+            and the last `Dense` layer stay FP32 (found in the order of the model's layers, when
+            the model is compiled or given to `set_model_policy`).
+        mantissa_bits: Bits of a mantissa, sign included, 8 to 16.
+        rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
+        accumulation: `"exact"` or `"spill"`.
+        products: Which of `"forward"`, `"input_gradient"` and `"weight_gradient"` run on
+            integers; the others run in FP32.
+        exclude: Patterns of the layers that stay FP32.
+        overrides: Dict from the pattern of a layer to what it has instead: a dict of the options
+            above that differ, another DFPPolicy, `"dfp16"` or `"float32"`. The first pattern
+            that matches counts; overrides go before `exclude` and before what Keras layers stay
+            FP32 by default (preprocessing, the power iteration of `SpectralNormalization`).
+
+    Patterns are shell-style (`*`, `?`, `[...]`) and match a layer's full path, such as
+    `"encoder/attention/query"`, or its last component, `"query"`. `*` matches `/` too:
+    `"encoder/*"` is everything inside `encoder`. A pattern that matches no layer is reported by a
+    warning when the model is compiled, given to `set_model_policy` or described.
+
+    Raises:
+        ValueError: If an argument is not allowed; the message says what is.
+
+    Example:
+
+    >>> policy = keras_dfp.DFPPolicy(exclude=["predictions"],
+    ...                              overrides={"conv1*": {"mantissa_bits": 16}})
+    >>> keras_dfp.set_policy(policy)
+    """
+
+    def __init__(
+        self,
+        name: str = "dfp16",
+        *,
+        mantissa_bits: int = 14,
+        rounding: str = "nearest",
+        accumulation: str = "exact",
+        products: Iterable[str] = PRODUCTS,
+        exclude: Iterable[str] = (),
+        overrides: Mapping[str, Any] | None = None,
+    ):
+        if name not in NAMES:
+            allowed = " or ".join(map(repr, NAMES))
+            raise ValueError(f"The name of a DFPPolicy must be {allowed}; got {name!r}.")
+        self._name = name
+        self.format = DFPFormat(
+            mantissa_bits=mantissa_bits,
+            rounding=rounding,
+            accumulation="spill" if name == "dfp16_paper" else accumulation,
+            products=products if isinstance(products, str) else tuple(products),
+        )
+        self.exclude = _patterns(exclude)
+        self.overrides = {
+            _pattern(pattern, "overrides"): self._override(pattern, value)
+            for pattern, value in (overrides or {}).items()
+        }
+        super().__init__(
+            default_policy="float32",
+            policy_map={pattern: _policy_of(fmt) for pattern, fmt in self.overrides.items()},
+        )
+
+    def _override(self, pattern: str, value) -> DFPFormat | None:
+        """Returns the format that an override stands for; `None` is FP32."""
+        if isinstance(value, dict) and "class_name" not in value:
+            options = [field.name for field in dataclasses.fields(DFPFormat)]
+            unknown = sorted(set(value) - set(options))
+            if unknown:
+                raise ValueError(
+                    f"overrides[{pattern!r}] may change {', '.join(options)}; "
+                    f"got {', '.join(unknown)}."
+                )
+            return dataclasses.replace(self.format, **value)
+        policy = dtype_policies.get(value)
+        if isinstance(policy, DFPPolicy) and not policy.exclude and not policy.overrides:
+            return policy.format
+        if policy == keras.DTypePolicy("float32"):
+            return None
+        raise ValueError(
+            f"overrides[{pattern!r}] must be a dict of options, 'float32', 'dfp16' or a DFPPolicy "
+            f"without exclude and overrides; got {value!r}. Give the layer itself any other dtype."
+        )
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def decide(self, layer: keras.layers.Layer) -> Decision:
+        """Returns how the products of a layer that has this policy run, and why."""
+        path = layer.path or layer.name
+        decision = self._decide_by_pattern(path)
+        if decision is None:
+            reason = float32_by_default(layer)
+            decision = Decision(None if reason else self.format, reason)
+        return decision
+
+    def _decide_by_pattern(self, path: str) -> Decision | None:
+        for pattern, fmt in self.overrides.items():
+            if _matches(pattern, path):
+                return Decision(fmt, f"overridden by pattern {pattern!r}")
+        for pattern in self.exclude:
+            if _matches(pattern, path):
+                return Decision(None, f"excluded by pattern {pattern!r}")
+        return None
+
+    def unmatched_patterns(self, layers: Iterable[keras.layers.Layer]) -> list[str]:
+        """Returns the patterns of this policy that match none of the layers."""
+        paths = [layer.path or layer.name for layer in layers]
+        return [
+            pattern
+            for pattern in (*self.exclude, *self.overrides)
+            if not any(_matches(pattern, path) for path in paths)
+        ]
+
+    def excluding(self, layer: keras.layers.Layer) -> DFPPolicy:
+        """Returns this policy with one layer more that stays FP32."""
+        config = self.get_config()
+        # A layer's name may hold characters that are special in patterns.
+        name = "".join(f"[{c}]" if c in "*?[" else c for c in layer.name)
+        config["exclude"] = [*config["exclude"], name]
+        return type(self)(**config)
+
+    # A non-empty mapping is true, an empty one is false; but Keras and its users write
+    # `dtype or default`.
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, path: str) -> dtype_policies.DTypePolicy:
+        decision = self._decide_by_pattern(path)
+        return self if decision is None else _policy_of(decision.format)
+
+    def __setitem__(self, path, policy):
+        raise TypeError("A DFPPolicy is immutable; use layer.dtype_policy = ..., or overrides.")
+
+    def __delitem__(self, path):
+        raise TypeError("A DFPPolicy is immutable.")
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **_options(self.format),
+            "exclude": list(self.exclude),
+            "overrides": {
+                pattern: "float32" if fmt is None else _options(fmt)
+                for pattern, fmt in self.overrides.items()
+            },
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+    def __eq__(self, other) -> bool:
+        return type(other) is type(self) and other._key() == self._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self):
+        return self.name, self.format, self.exclude, tuple(self.overrides.items())
+
+    def __repr__(self) -> str:
+        default = type(self)(self.name).get_config()
+        config = self.get_config().items()
+        options = [f"{key}={value!r}" for key, value in config if value != default[key]]
+        return f"DFPPolicy({', '.join([repr(self.name), *options])})"
+
+
+DFPPolicy.__module__ = "keras_dfp"
+
+
+def _options(fmt: DFPFormat) -> dict[str, Any]:
+    return {**dataclasses.asdict(fmt), "products": list(fmt.products)}
+
+
+def _policy_of(fmt: DFPFormat | None) -> dtype_policies.DTypePolicy:
+    return keras.DTypePolicy("float32") if fmt is None else DFPPolicy(**_options(fmt))
+
+
+def _pattern(pattern, argument: str) -> str:
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"Patterns in {argument} must be non-empty strings; got {pattern!r}.")
+    return pattern
+
+
+def _patterns(exclude) -> tuple[str, ...]:
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude must be a list of patterns; got the string {exclude!r}.")
+    return tuple(_pattern(pattern, "exclude") for pattern in exclude)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (path, path.rsplit("/", 1)[-1]))
+
+
+def set_policy(policy: str | dtype_policies.DTypePolicy) -> None:
+    """Sets the policy of the layers that are created from now on.
+
+    The same as `keras.config.set_dtype_policy(policy)`. As with every Keras dtype policy:
+    `keras.utils.clear_session()` resets it to float32; threads have their own; layers that exist
+    already, or are loaded from a file, keep theirs (`set_model_policy` changes those). A
+    subclassed model that does not save its layers' dtypes gets the policy that is set when it is
+    loaded.
+
+    Args:
+        policy: A `DFPPolicy`, its name (`"dfp16"`, `"dfp16_paper"`), or any policy of Keras
+            (`"float32"`).
+
+    Example:
+
+    >>> keras_dfp.set_policy("dfp16")
+    >>> model = keras.applications.ResNet50(weights=None)
+    """
+    backend.install()
+    keras.config.set_dtype_policy(policy)
+
+
+@contextlib.contextmanager
+def policy_scope(policy: str | dtype_policies.DTypePolicy) -> Iterator[None]:
+    """Like `set_policy`, for the layers created inside the `with` block.
+
+    Args:
+        policy: As for `set_policy`.
+
+    Example:
+
+    >>> with keras_dfp.policy_scope("dfp16"):
+    ...     hidden = keras.layers.Dense(128)
+    >>> head = keras.layers.Dense(10)   # the policy from before
+    """
+    previous = keras.config.dtype_policy()
+    set_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)
+
+
+def _global_format() -> DFPFormat | None:
+    policy = keras.config.dtype_policy()
+    return policy.format if isinstance(policy, DFPPolicy) else None
+
+
+ops.default_format = _global_format
+
+
+# A class that ever had a `__new__` cannot return to object's: give it a plain one to return to.
+keras.DTypePolicy.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))
+
+
+@replaces(keras.DTypePolicy, "__new__")
+def _new_by_name(original):
+    """Lets `keras.DTypePolicy("dfp16")`, hence every name given to Keras, be a DFPPolicy."""
+
+    def new(cls, name=None, *args, **kwargs):
+        if cls is keras.DTypePolicy and name in NAMES:
+            cls = DFPPolicy
+        return object.__new__(cls)
+
+    return staticmethod(new)
+
+
+@replaces(keras.layers.Layer, "dtype_policy")
+def _assign_dtype_policy(original):
+    """Lets `layer.dtype_policy = ...` replace a policy where a DFPPolicy comes or goes.
+
+    Keras writes into the policy map that the layer has, and may share with other models.
+    """
+
+    def assign(layer, policy):
+        policy = dtype_policies.get(policy)
+        if isinstance(layer._dtype_policy, DFPPolicy) or isinstance(policy, DFPPolicy):
+            layer._dtype_policy = keras.DTypePolicy("float32")
+        original.fset(layer, policy)
+
+    return property(original.fget, assign, doc=original.__doc__)
+
+
+@replaces(keras_policies, "serialize", "dtype_policy")
+def _name_the_package(original):
+    """Saves policies so that a Keras without this package says which class it lacks."""
+
+    @functools.wraps(original)
+    def serialize(dtype_policy):
+        config = original(dtype_policy)
+        if isinstance(dtype_policy, DFPPolicy):
+            # Keras refuses a class that has no module; one that has a module, it takes for one of
+            # its own policies and fails later. The class is found by its registered name.
+            config |= {"module": None, "class_name": "keras_dfp.DFPPolicy"}
+        return config
+
+    return serialize
+
+
+@replaces(models.Functional, "get_config", "self")
+def _save_functional_policy(original):
+    """Saves the policy of a functional model itself: its `keras.ops` nodes multiply under it."""
+
+    @functools.wraps(original)
+    def get_config(self):
+        config = original(self)
+        if isinstance(self.dtype_policy, DFPPolicy):
+            config["dtype"] = keras_policies.serialize(self.dtype_policy)
+        return config
+
+    return get_config
+
+
+@replaces(functional, "functional_from_config", "cls config custom_objects")
+def _load_functional_policy(original):
+    """Loads it again; a model saved in FP32 does not take a global DFPPolicy on."""
+
+    @functools.wraps(original)
+    def functional_from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        dtype = config.pop("dtype", None)
+        model = original(cls, config, custom_objects=custom_objects)
+        if dtype is not None:
+            model.dtype_policy = dtype
+        elif isinstance(model.dtype_policy, DFPPolicy):
+            model.dtype_policy = "float32"
+        return model
+
+    return functional_from_config

@@ -1,0 +1,996 @@
+"""The numeric contract of keras-dfp, in NumPy: slow, obvious and bit-exact.
+
+Every native result equals the result of the function of the same name here, bit for bit, on every
+CPU, instruction set and number of threads. The method is that of Das et al., *Mixed Precision
+Training of Convolutional Neural Networks using Integer Operations*, ICLR 2018, arXiv 1802.00930.
+
+**Numbers.** A dynamic fixed point (DFP) tensor is `(q: int16[...], e: int32)` and stands for
+`q * 2**e`. With B mantissa bits (8 to 16), `|q| <= Q = 2**(B-1) - 1`. The exponent
+`NAN_EXPONENT = -2**31` marks a tensor that held a NaN or an infinity: its q is 0, and every element
+of everything computed from it is NaN (the quiet NaN with bits 0x7fc00000).
+
+**Quantise.** With `E = floor(log2(max|x|))`, subnormals included:
+
+    e = E - (B - 2)                    or 0 if x is empty or all zeros; or given by the caller
+    q = clamp(round(x * 2**-e), -Q, Q)
+
+where x * 2**-e is exact and `round` is to nearest with ties to even ("nearest"), toward zero
+("truncate") or `floor(x * 2**-e + u)` ("stochastic"), u in [0, 1) being 24 bits of Philox4x32-10:
+
+    key     = (seed, tensor_id)                                 the low 32 bits of each
+    counter = (i // 4 low, i // 4 high, step low, step high)    i: flat index of the element
+    u       = (word[i % 4] >> 8) * 2**-24
+
+**Product, accumulation "exact".** With RN32 the rounding to the nearest float32, ties to even,
+
+    y = RN32(2**(ea + eb) * sum_k qa[k] * qb[k])
+
+The sum is an integer without any error; it is rounded once. A zero sum is +0, overflow is infinite,
+subnormal results are kept, and a nonzero sum that rounds to zero keeps its sign.
+
+**Product, accumulation "spill"**, the method of the paper. The terms, in a canonical order, are cut
+into chunks of `L = floor((2**31 - 1) / (Qa * Qb))`, which cannot overflow INT32:
+
+    y = RN32(2**(ea + eb) * (RN32(chunk_0) + RN32(chunk_1) + ...))        each + rounds to float32
+
+from left to right. Terms that fall on padding are zero. The order, and what a chunk may hold:
+
+    matmul                            k in chunks of L
+    conv                              kernel positions; in each, the group's channels in chunks of L
+    conv_input_gradient               kernel positions; in each, the group's filters in chunks of L
+    conv_weight_gradient              output pixels (batch, row, column) in chunks of L
+    depthwise_conv                    kernel positions in chunks of L
+    depthwise_conv_input_gradient     (kernel position, multiplier) pairs in chunks of L
+    depthwise_conv_weight_gradient    output pixels (batch, row, column) in chunks of L
+
+Kernel positions go in row-major order of the forward kernel, never flipped.
+
+**Floating point units.** Some threads flush subnormals to zero. Nothing here depends on it:
+float32 values are taken apart and put together as integers.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+NAN_EXPONENT = -(2**31)
+
+_FLOAT32_FRACTION_BITS = 23
+_FLOAT32_LEAST_EXPONENT = -149  # of the lowest bit of a subnormal
+_FLOAT32_INFINITY = 0x7F800000
+_ROUNDINGS = ("nearest", "truncate", "stochastic")
+_ACCUMULATIONS = ("exact", "spill")
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------
+
+
+def qmax(mantissa_bits: int) -> int:
+    """Return Q, the largest mantissa of a format.
+
+    Args:
+        mantissa_bits: B, 8 to 16.
+
+    Returns:
+        `2**(B-1) - 1`.
+
+    Raises:
+        ValueError: if `mantissa_bits` is not an integer from 8 to 16.
+    """
+    if not isinstance(mantissa_bits, (int, np.integer)) or not 8 <= mantissa_bits <= 16:
+        raise ValueError(
+            f"mantissa bits must be an integer from 8 to 16, received {mantissa_bits!r}"
+        )
+    return 2 ** (int(mantissa_bits) - 1) - 1
+
+
+def safe_chain(bits_a: int, bits_b: int) -> int:
+    """Return L, how many products of two mantissas always fit into an INT32 sum.
+
+    Args:
+        bits_a: mantissa bits of one operand.
+        bits_b: mantissa bits of the other.
+
+    Returns:
+        `floor((2**31 - 1) / (Qa * Qb))`.
+    """
+    return (2**31 - 1) // (qmax(bits_a) * qmax(bits_b))
+
+
+def quantize(
+    x: np.ndarray,
+    mantissa_bits: int = 14,
+    rounding: str = "nearest",
+    exponent: int | None = None,
+    seed: int = 0,
+    tensor_id: int = 0,
+    step: int = 0,
+) -> tuple[np.ndarray, int]:
+    """Quantise a float32 tensor to dynamic fixed point.
+
+    Args:
+        x: float32 array of any shape.
+        mantissa_bits: B, 8 to 16.
+        rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
+        exponent: the exponent to use, or `None` to take it from the largest magnitude in `x`.
+            Mantissas that do not fit are clamped.
+        seed: first half of the key of stochastic rounding; its low 32 bits count.
+        tensor_id: second half of that key; its low 32 bits count.
+        step: upper half of the counter of stochastic rounding, `0 <= step < 2**63`.
+
+    Returns:
+        `(q, e)`: int16 mantissas of the shape of `x`, and the exponent. With a NaN or an infinity
+        in `x`, or `NAN_EXPONENT` given, all mantissas are 0 and the exponent is `NAN_EXPONENT`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    x = np.asarray(x)
+    limit = qmax(mantissa_bits)
+    if x.dtype != np.float32:
+        raise ValueError(f"quantize: `x` must be float32, received {x.dtype}")
+    if rounding not in _ROUNDINGS:
+        raise ValueError(f"quantize: `rounding` must be one of {_ROUNDINGS}, received {rounding!r}")
+    if not 0 <= step < 2**63:
+        raise ValueError(f"quantize: `step` must be from 0 to 2**63 - 1, received {step}")
+    if exponent is not None:
+        exponent = _checked_exponent("quantize", "exponent", exponent)
+
+    amax_bits = int(np.max(_bits(x) & 0x7FFFFFFF, initial=0))
+    if amax_bits >= _FLOAT32_INFINITY or exponent == NAN_EXPONENT:
+        return np.zeros(x.shape, np.int16), NAN_EXPONENT
+    if exponent is not None:
+        e = exponent
+    elif amax_bits == 0:
+        e = 0
+    else:
+        significand, lowest = _significand_and_exponent(np.int64(amax_bits))
+        e = int(significand).bit_length() - 1 + int(lowest) - (mantissa_bits - 2)
+
+    # |x| * 2**-e = magnitude / 2**right. The two bounds change no result: a nonzero significand
+    # shifted left by 16 is clamped, and one shifted right by 50 is below the least nonzero u.
+    significand, lowest = _significand_and_exponent(_bits(x) & 0x7FFFFFFF)
+    magnitude = significand << np.clip(lowest - e, 0, 16)
+    right = np.clip(e - lowest, 0, 50)
+    negative = _bits(x) >> 31 == 1
+    if rounding == "nearest":
+        q = _shift_right_to_nearest_even(magnitude.astype(np.uint64), right).astype(np.int64)
+        q = np.where(negative, -q, q)
+    elif rounding == "truncate":
+        q = magnitude >> right
+        q = np.where(negative, -q, q)
+    else:
+        numerator = np.where(negative, -magnitude, magnitude)
+        q = numerator >> right  # the floor, also of negative numbers
+        fraction = numerator - (q << right)
+        noise = _noise(x.size, seed, tensor_id, step).reshape(x.shape)
+        one = np.maximum(right, 24)  # the common denominator of fraction and noise is 2**one
+        q = q + (((fraction << (one - right)) + (noise << (one - 24))) >> one)
+    return np.asarray(np.clip(q, -limit, limit).astype(np.int16)), e
+
+
+def dequantize(q: np.ndarray, e: int) -> np.ndarray:
+    """Return the float32 values of a DFP tensor.
+
+    Args:
+        q: int16 mantissas.
+        e: exponent.
+
+    Returns:
+        `RN32(q * 2**e)`, float32, of the shape of `q`; NaN everywhere if `e` is `NAN_EXPONENT`.
+
+    Raises:
+        ValueError: if `q` is not int16 or `e` not an int32.
+    """
+    q = np.asarray(q)
+    if q.dtype != np.int16:
+        raise ValueError(f"dequantize: `q` must be int16, received {q.dtype}")
+    e = _checked_exponent("dequantize", "e", e)
+    return _scaled(q.astype(np.int64), e, 0)
+
+
+def philox4x32(counter: np.ndarray, key: Sequence[int]) -> np.ndarray:
+    """Return the random words of Philox4x32-10 (Salmon et al., SC 2011).
+
+    Args:
+        counter: integers `[..., 4]`, each from 0 to 2**32 - 1.
+        key: two integers from 0 to 2**32 - 1.
+
+    Returns:
+        uint32 array of the shape of `counter`.
+    """
+    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter).astype(np.uint64), -1, 0)
+    k0, k1 = (int(half) for half in key)
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        product0 = np.uint64(0xD2511F53) * c0
+        product1 = np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (product1 >> half) ^ c1 ^ np.uint64(k0),
+            product1 & low,
+            (product0 >> half) ^ c3 ^ np.uint64(k1),
+            product0 & low,
+        )
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def round_scaled(sums: np.ndarray, e: int) -> np.ndarray:
+    """Return `RN32(2**e * sums)`, rounded once.
+
+    Args:
+        sums: int64 array.
+        e: exponent, any integer.
+
+    Returns:
+        float32 array of the shape of `sums`: to nearest with ties to even, subnormals kept,
+        overflow infinite, zero +0; a nonzero value that rounds to zero keeps its sign.
+
+    Raises:
+        ValueError: if `sums` is not int64.
+    """
+    sums = np.asarray(sums)
+    if sums.dtype != np.int64:
+        raise ValueError(f"round_scaled: `sums` must be int64, received {sums.dtype}")
+    # Beyond these bounds every nonzero int64 overflows or rounds to zero, as it does on them.
+    e = min(max(int(e), -400), 400)
+    negative = sums < 0
+    magnitude = np.abs(sums).astype(np.uint64)  # abs leaves -2**63 as it is; here it becomes 2**63
+    leading = _bit_length(magnitude) - 1 + e
+    # The value of the result's lowest bit is 2**lowest.
+    lowest = np.maximum(leading - _FLOAT32_FRACTION_BITS, _FLOAT32_LEAST_EXPONENT)
+    left = np.maximum(e - lowest, 0).astype(np.uint64)
+    right = np.clip(lowest - e, 0, 63)
+    significand = _shift_right_to_nearest_even(magnitude << left, right).astype(np.int64)
+    significand = np.where(lowest - e > 63, 0, significand)  # at most half of the lowest bit
+    # The significand's leading one adds 1 to the exponent field, a carry out of it one more, and a
+    # subnormal has none: the sum is right in all three cases.
+    bits = ((lowest - _FLOAT32_LEAST_EXPONENT) << _FLOAT32_FRACTION_BITS) + significand
+    bits = np.where(magnitude == 0, 0, np.minimum(bits, _FLOAT32_INFINITY))
+    bits = np.where(negative, bits | 0x80000000, bits)
+    return np.asarray(bits.astype(np.uint32)).view(np.float32)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x.view(np.uint32).astype(np.int64)
+
+
+def _significand_and_exponent(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take finite float32 magnitudes apart: value = significand * 2**exponent, both int64."""
+    field = bits >> _FLOAT32_FRACTION_BITS
+    fraction = bits & 0x7FFFFF
+    significand = np.where(field > 0, fraction | 0x800000, fraction)
+    return significand, np.maximum(field, 1) - 1 + _FLOAT32_LEAST_EXPONENT
+
+
+def _shift_right_to_nearest_even(magnitude: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Return uint64 magnitude / 2**shift to nearest, ties to even; shift from 0 to 63."""
+    shift = shift.astype(np.uint64)
+    quotient = magnitude >> shift
+    below = magnitude - (quotient << shift)
+    above = (np.uint64(1) << shift) - below
+    odd = quotient & np.uint64(1) == 1
+    return quotient + ((below > above) | ((below == above) & odd))
+
+
+def _bit_length(magnitude: np.ndarray) -> np.ndarray:
+    length = np.zeros(magnitude.shape, np.int64)
+    for shift in (32, 16, 8, 4, 2, 1):
+        high = magnitude >> np.uint64(shift)
+        length += np.where(high > 0, shift, 0)
+        magnitude = np.where(high > 0, high, magnitude)
+    return length + (magnitude > 0)
+
+
+def _noise(count: int, seed: int, tensor_id: int, step: int) -> np.ndarray:
+    """Return 2**24 * u for each of `count` elements, int64."""
+    block = np.arange(-(-count // 4), dtype=np.int64)
+    counter = np.stack(
+        [
+            block & 0xFFFFFFFF,
+            block >> 32,
+            np.full_like(block, step & 0xFFFFFFFF),
+            np.full_like(block, step >> 32),
+        ],
+        axis=-1,
+    )
+    words = philox4x32(counter, (seed & 0xFFFFFFFF, tensor_id & 0xFFFFFFFF))
+    return words.reshape(-1)[:count].astype(np.int64) >> 8
+
+
+# ---------------------------------------------------------------------------------------------
+# Accumulation
+# ---------------------------------------------------------------------------------------------
+
+
+def _accumulate(
+    chunks: Iterable[np.ndarray], shape: tuple[int, ...], accumulation: str
+) -> np.ndarray:
+    """Add int64 chunk sums in order: exactly, or as float32 in spill mode. Return int64."""
+    if accumulation == "exact":
+        total = np.zeros(shape, np.int64)
+        for chunk in chunks:
+            total += chunk
+        return total
+    total = np.zeros(shape, np.float32)
+    for chunk in chunks:
+        total += chunk.astype(np.int32).astype(np.float32)
+    return total.astype(np.int64)  # exact: a float32 sum of integers is an integer
+
+
+def _scaled(total: np.ndarray, ea: int, eb: int) -> np.ndarray:
+    if NAN_EXPONENT in (ea, eb):
+        return np.full(total.shape, np.nan, np.float32)
+    return round_scaled(total, ea + eb)
+
+
+def _chain(accumulation: str, bits_a: int, bits_b: int, length: int) -> int:
+    """Return how many of `length` terms make a chunk; one chunk does for exact sums."""
+    return safe_chain(bits_a, bits_b) if accumulation == "spill" else max(length, 1)
+
+
+def _cuts(length: int, chain: int) -> Iterator[slice]:
+    return (slice(start, start + chain) for start in range(0, length, chain))
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrix product
+# ---------------------------------------------------------------------------------------------
+
+
+def matmul(
+    qa: np.ndarray,
+    ea: int,
+    qb: np.ndarray,
+    eb: int,
+    *,
+    a_bits: int = 14,
+    b_bits: int = 14,
+    accumulation: str = "exact",
+) -> np.ndarray:
+    """Return the matrix product of two DFP tensors.
+
+    Args:
+        qa: int16 mantissas `[..., M, K]`.
+        ea: exponent of `a`.
+        qb: int16 mantissas `[..., K, N]`, with the batch dimensions of `qa`.
+        eb: exponent of `b`.
+        a_bits: mantissa bits of `a`.
+        b_bits: mantissa bits of `b`.
+        accumulation: `"exact"` or `"spill"`.
+
+    Returns:
+        float32 array `[..., M, N]`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "matmul"
+    _check_accumulation(op, accumulation)
+    qa, ea = _checked_operand(op, "a", qa, ea, a_bits)
+    qb, eb = _checked_operand(op, "b", qb, eb, b_bits)
+    if qa.ndim < 2 or qb.ndim != qa.ndim or qa.shape[:-2] != qb.shape[:-2]:
+        raise ValueError(
+            f"{op}: `a` and `b` must have the same rank of at least 2 and the same batch "
+            f"dimensions, received shapes {qa.shape} and {qb.shape}"
+        )
+    depth = qa.shape[-1]
+    if qb.shape[-2] != depth:
+        raise ValueError(
+            f"{op}: the last dimension of `a` must equal the last but one of `b`, received shapes "
+            f"{qa.shape} and {qb.shape}"
+        )
+    chunks = (
+        qa[..., cut] @ qb[..., cut, :]
+        for cut in _cuts(depth, _chain(accumulation, a_bits, b_bits, depth))
+    )
+    total = _accumulate(chunks, (*qa.shape[:-1], qb.shape[-1]), accumulation)
+    return _scaled(total, ea, eb)
+
+
+# ---------------------------------------------------------------------------------------------
+# Geometry of convolutions
+# ---------------------------------------------------------------------------------------------
+
+
+class _Geometry(NamedTuple):
+    """Where the taps of a convolution fall.
+
+    Attributes:
+        padding: `(before, after)` for each spatial dimension.
+        padded: spatial shape of the input with its padding.
+        output: spatial shape of the output.
+        taps: for each kernel position, in row-major order, its index and the slices of the padded
+            input that it meets: one element for each output pixel.
+    """
+
+    padding: tuple[tuple[int, int], ...]
+    padded: tuple[int, ...]
+    output: tuple[int, ...]
+    taps: list[tuple[tuple[int, ...], tuple[slice, ...]]]
+
+
+def _geometry(
+    op: str,
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: int | Sequence[int],
+    dilations: int | Sequence[int],
+    padding: Padding,
+) -> _Geometry:
+    rank = len(size)
+    strides = _per_dimension(op, "strides", strides, rank)
+    dilations = _per_dimension(op, "dilations", dilations, rank)
+    if min(kernel) < 1:
+        raise ValueError(
+            f"{op}: the kernel must have no empty spatial dimension, received {kernel}"
+        )
+    span = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    if isinstance(padding, str) and padding == "valid":
+        padding = ((0, 0),) * rank
+    elif isinstance(padding, str) and padding == "same":
+        # TensorFlow's rule: ceil(size / stride) outputs, the odd element of padding goes after.
+        missing = [
+            max((-(-n // s) - 1) * s + width - n, 0)
+            for n, s, width in zip(size, strides, span, strict=True)
+        ]
+        padding = tuple((m // 2, m - m // 2) for m in missing)
+    else:
+        padding = _checked_padding(op, padding, rank)
+    padded = tuple(n + before + after for n, (before, after) in zip(size, padding, strict=True))
+    output = tuple(max((n - w) // s + 1, 0) for n, w, s in zip(padded, span, strides, strict=True))
+    taps = []
+    for position in itertools.product(*map(range, kernel)):
+        starts = [k * d for k, d in zip(position, dilations, strict=True)]
+        slices = tuple(
+            slice(start, start + n * s, s)
+            for start, n, s in zip(starts, output, strides, strict=True)
+        )
+        taps.append((position, slices))
+    return _Geometry(padding, padded, output, taps)
+
+
+def _padded(x: np.ndarray, geometry: _Geometry) -> np.ndarray:
+    return np.pad(x, ((0, 0), *geometry.padding, (0, 0)))
+
+
+def _cropped(x: np.ndarray, geometry: _Geometry) -> np.ndarray:
+    inner = [slice(b, n - a) for (b, a), n in zip(geometry.padding, geometry.padded, strict=True)]
+    return x[(slice(None), *inner)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Convolution
+# ---------------------------------------------------------------------------------------------
+
+
+def conv(
+    qx: np.ndarray,
+    ex: int,
+    qw: np.ndarray,
+    ew: int,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    dilations: int | Sequence[int] = 1,
+    x_bits: int = 14,
+    w_bits: int = 14,
+    accumulation: str = "exact",
+) -> np.ndarray:
+    """Return the convolution of a DFP tensor with a DFP kernel, in one to three dimensions.
+
+    Args:
+        qx: int16 mantissas `[N, spatial.., C]`.
+        ex: exponent of `x`.
+        qw: int16 mantissas `[spatial.., C / groups, F]`; the groups follow from the shapes.
+        ew: exponent of `w`.
+        strides: a positive integer, or one for each spatial dimension.
+        padding: `"valid"`, `"same"` (TensorFlow's rule) or `(before, after)` for each spatial
+            dimension.
+        dilations: a positive integer, or one for each spatial dimension.
+        x_bits: mantissa bits of `x`.
+        w_bits: mantissa bits of `w`.
+        accumulation: `"exact"` or `"spill"`.
+
+    Returns:
+        float32 array `[N, spatial.., F]`; a spatial dimension shorter than the kernel gives an
+        empty one.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "conv"
+    _check_accumulation(op, accumulation)
+    qx, ex = _checked_operand(op, "x", qx, ex, x_bits)
+    qw, ew = _checked_operand(op, "w", qw, ew, w_bits)
+    groups = _checked_groups(op, qx.shape, qw.shape)
+    geometry = _geometry(op, qx.shape[1:-1], qw.shape[:-2], strides, dilations, padding)
+    channels = qw.shape[-2]
+    cuts = list(_cuts(channels, _chain(accumulation, x_bits, w_bits, channels)))
+    x = _padded(qx, geometry)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for position, slices in geometry.taps:
+            patch = _grouped(x[(slice(None), *slices)], groups)
+            weights = _grouped(qw[position], groups)
+            for cut in cuts:
+                yield _ungrouped(patch[:, :, cut] @ weights[:, cut], shape)
+
+    shape = (qx.shape[0], *geometry.output, qw.shape[-1])
+    return _scaled(_accumulate(chunks(), shape, accumulation), ex, ew)
+
+
+def conv_input_gradient(
+    qdy: np.ndarray,
+    edy: int,
+    qw: np.ndarray,
+    ew: int,
+    input_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    dilations: int | Sequence[int] = 1,
+    dy_bits: int = 14,
+    w_bits: int = 14,
+    accumulation: str = "exact",
+) -> np.ndarray:
+    """Return the gradient of `conv` with respect to its input.
+
+    Args:
+        qdy: int16 mantissas of the output's gradient, `[N, spatial.., F]`.
+        edy: exponent of `dy`.
+        qw: int16 mantissas of the kernel, as in `conv`.
+        ew: exponent of `w`.
+        input_shape: shape of `x`.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilations: as in `conv`.
+        dy_bits: mantissa bits of `dy`.
+        w_bits: mantissa bits of `w`.
+        accumulation: `"exact"` or `"spill"`.
+
+    Returns:
+        float32 array of `input_shape`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "conv_input_gradient"
+    _check_accumulation(op, accumulation)
+    qdy, edy = _checked_operand(op, "dy", qdy, edy, dy_bits)
+    qw, ew = _checked_operand(op, "w", qw, ew, w_bits)
+    input_shape = _checked_shape(op, "input_shape", input_shape)
+    batch, *size, channels = input_shape
+    groups = _checked_groups(op, input_shape, qw.shape)
+    geometry = _geometry(op, tuple(size), qw.shape[:-2], strides, dilations, padding)
+    _check_output(op, qdy.shape, (batch, *geometry.output, qw.shape[-1]))
+    filters = qw.shape[-1] // groups
+    cuts = list(_cuts(filters, _chain(accumulation, dy_bits, w_bits, filters)))
+    dy = _grouped(qdy, groups)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for position, slices in geometry.taps:
+            weights = _grouped(qw[position], groups).swapaxes(1, 2)
+            for cut in cuts:
+                chunk = np.zeros(shape, np.int64)
+                product = dy[:, :, cut] @ weights[:, cut]
+                chunk[(slice(None), *slices)] = _ungrouped(
+                    product, (batch, *geometry.output, channels)
+                )
+                yield chunk
+
+    shape = (batch, *geometry.padded, channels)
+    total = _accumulate(chunks(), shape, accumulation)
+    return _scaled(_cropped(total, geometry), edy, ew)
+
+
+def conv_weight_gradient(
+    qx: np.ndarray,
+    ex: int,
+    qdy: np.ndarray,
+    edy: int,
+    kernel_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    dilations: int | Sequence[int] = 1,
+    x_bits: int = 14,
+    dy_bits: int = 14,
+    accumulation: str = "exact",
+) -> np.ndarray:
+    """Return the gradient of `conv` with respect to its kernel.
+
+    Args:
+        qx: int16 mantissas of the input, as in `conv`.
+        ex: exponent of `x`.
+        qdy: int16 mantissas of the output's gradient, `[N, spatial.., F]`.
+        edy: exponent of `dy`.
+        kernel_shape: shape of `w`.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilations: as in `conv`.
+        x_bits: mantissa bits of `x`.
+        dy_bits: mantissa bits of `dy`.
+        accumulation: `"exact"` or `"spill"`.
+
+    Returns:
+        float32 array of `kernel_shape`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "conv_weight_gradient"
+    _check_accumulation(op, accumulation)
+    qx, ex = _checked_operand(op, "x", qx, ex, x_bits)
+    qdy, edy = _checked_operand(op, "dy", qdy, edy, dy_bits)
+    kernel_shape = _checked_shape(op, "kernel_shape", kernel_shape)
+    groups = _checked_groups(op, qx.shape, kernel_shape)
+    geometry = _geometry(op, qx.shape[1:-1], kernel_shape[:-2], strides, dilations, padding)
+    _check_output(op, qdy.shape, (qx.shape[0], *geometry.output, kernel_shape[-1]))
+    x = _padded(qx, geometry)
+    dy = _grouped(qdy, groups)
+    pixels = dy.shape[1]
+    cuts = list(_cuts(pixels, _chain(accumulation, x_bits, dy_bits, pixels)))
+
+    total = np.zeros(kernel_shape, np.int64)
+    for position, slices in geometry.taps:
+        patch = _grouped(x[(slice(None), *slices)], groups).swapaxes(1, 2)
+        chunks = (_ungrouped(patch[:, :, cut] @ dy[:, cut], kernel_shape[-2:]) for cut in cuts)
+        total[position] = _accumulate(chunks, kernel_shape[-2:], accumulation)
+    return _scaled(total, ex, edy)
+
+
+def _grouped(x: np.ndarray, groups: int) -> np.ndarray:
+    """Lay out `[rows.., groups * channels]` as `[groups, rows, channels]`, for `@`."""
+    rows = int(np.prod(x.shape[:-1]))
+    return x.reshape(rows, groups, x.shape[-1] // groups).swapaxes(0, 1)
+
+
+def _ungrouped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Lay out `[groups, rows, channels]` as `shape`, which is `[rows.., groups * channels]`."""
+    return x.swapaxes(0, 1).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# Depthwise convolution
+# ---------------------------------------------------------------------------------------------
+
+
+def depthwise_conv(
+    qx: np.ndarray,
+    ex: int,
+    qw: np.ndarray,
+    ew: int,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    dilations: int | Sequence[int] = 1,
+    x_bits: int = 14,
+    w_bits: int = 14,
+    accumulation: str = "exact",
+) -> np.ndarray:
+    """Return the depthwise convolution of a DFP tensor with a DFP kernel.
+
+    Args:
+        qx: int16 mantissas `[N, spatial.., C]`.
+        ex: exponent of `x`.
+        qw: int16 mantissas `[spatial.., C, multiplier]`.
+        ew: exponent of `w`.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilations: as in `conv`.
+        x_bits: mantissa bits of `x`.
+        w_bits: mantissa bits of `w`.
+        accumulation: `"exact"` or `"spill"`.
+
+    Returns:
+        float32 array `[N, spatial.., C * multiplier]`; output channel `c * multiplier + m` is input
+        channel `c` under `w[.., c, m]`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "depthwise_conv"
+    _check_accumulation(op, accumulation)
+    qx, ex = _checked_operand(op, "x", qx, ex, x_bits)
+    qw, ew = _checked_operand(op, "w", qw, ew, w_bits)
+    _check_depthwise(op, qx.shape, qw.shape)
+    geometry = _geometry(op, qx.shape[1:-1], qw.shape[:-2], strides, dilations, padding)
+    taps = geometry.taps
+    x = _padded(qx, geometry)[..., np.newaxis]
+    shape = (qx.shape[0], *geometry.output, *qw.shape[-2:])
+
+    def chunks() -> Iterator[np.ndarray]:
+        for cut in _cuts(len(taps), _chain(accumulation, x_bits, w_bits, len(taps))):
+            chunk = np.zeros(shape, np.int64)
+            for position, slices in taps[cut]:
+                chunk += x[(slice(None), *slices)] * qw[position]
+            yield chunk
+
+    total = _accumulate(chunks(), shape, accumulation)
+    return _scaled(_merged_multiplier(total), ex, ew)
+
+
+def depthwise_conv_input_gradient(
+    qdy: np.ndarray,
+    edy: int,
+    qw: np.ndarray,
+    ew: int,
+    input_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    dilations: int | Sequence[int] = 1,
+    dy_bits: int = 14,
+    w_bits: int = 14,
+    accumulation: str = "exact",
+) -> np.ndarray:
+    """Return the gradient of `depthwise_conv` with respect to its input.
+
+    Args:
+        qdy: int16 mantissas of the output's gradient, `[N, spatial.., C * multiplier]`.
+        edy: exponent of `dy`.
+        qw: int16 mantissas of the kernel, as in `depthwise_conv`.
+        ew: exponent of `w`.
+        input_shape: shape of `x`.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilations: as in `conv`.
+        dy_bits: mantissa bits of `dy`.
+        w_bits: mantissa bits of `w`.
+        accumulation: `"exact"` or `"spill"`.
+
+    Returns:
+        float32 array of `input_shape`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "depthwise_conv_input_gradient"
+    _check_accumulation(op, accumulation)
+    qdy, edy = _checked_operand(op, "dy", qdy, edy, dy_bits)
+    qw, ew = _checked_operand(op, "w", qw, ew, w_bits)
+    input_shape = _checked_shape(op, "input_shape", input_shape)
+    batch, *size, channels = input_shape
+    _check_depthwise(op, input_shape, qw.shape)
+    geometry = _geometry(op, tuple(size), qw.shape[:-2], strides, dilations, padding)
+    multiplier = qw.shape[-1]
+    _check_output(op, qdy.shape, (batch, *geometry.output, channels * multiplier))
+    dy = qdy.reshape((batch, *geometry.output, channels, multiplier))
+    terms = list(itertools.product(geometry.taps, range(multiplier)))
+    shape = (batch, *geometry.padded, channels)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for cut in _cuts(len(terms), _chain(accumulation, dy_bits, w_bits, len(terms))):
+            chunk = np.zeros(shape, np.int64)
+            for (position, slices), m in terms[cut]:
+                chunk[(slice(None), *slices)] += dy[..., m] * qw[position][:, m]
+            yield chunk
+
+    total = _accumulate(chunks(), shape, accumulation)
+    return _scaled(_cropped(total, geometry), edy, ew)
+
+
+def depthwise_conv_weight_gradient(
+    qx: np.ndarray,
+    ex: int,
+    qdy: np.ndarray,
+    edy: int,
+    kernel_shape: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    dilations: int | Sequence[int] = 1,
+    x_bits: int = 14,
+    dy_bits: int = 14,
+    accumulation: str = "exact",
+) -> np.ndarray:
+    """Return the gradient of `depthwise_conv` with respect to its kernel.
+
+    Args:
+        qx: int16 mantissas of the input, as in `depthwise_conv`.
+        ex: exponent of `x`.
+        qdy: int16 mantissas of the output's gradient, `[N, spatial.., C * multiplier]`.
+        edy: exponent of `dy`.
+        kernel_shape: shape of `w`.
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilations: as in `conv`.
+        x_bits: mantissa bits of `x`.
+        dy_bits: mantissa bits of `dy`.
+        accumulation: `"exact"` or `"spill"`.
+
+    Returns:
+        float32 array of `kernel_shape`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "depthwise_conv_weight_gradient"
+    _check_accumulation(op, accumulation)
+    qx, ex = _checked_operand(op, "x", qx, ex, x_bits)
+    qdy, edy = _checked_operand(op, "dy", qdy, edy, dy_bits)
+    kernel_shape = _checked_shape(op, "kernel_shape", kernel_shape)
+    _check_depthwise(op, qx.shape, kernel_shape)
+    geometry = _geometry(op, qx.shape[1:-1], kernel_shape[:-2], strides, dilations, padding)
+    batch, channels, multiplier = qx.shape[0], *kernel_shape[-2:]
+    _check_output(op, qdy.shape, (batch, *geometry.output, channels * multiplier))
+    x = _padded(qx, geometry)
+    pixels = batch * int(np.prod(geometry.output))
+    dy = qdy.reshape((pixels, channels, multiplier))
+    cuts = list(_cuts(pixels, _chain(accumulation, x_bits, dy_bits, pixels)))
+
+    total = np.zeros(kernel_shape, np.int64)
+    for position, slices in geometry.taps:
+        patch = x[(slice(None), *slices)].reshape((pixels, channels))
+        chunks = (np.einsum("pc,pcm->cm", patch[cut], dy[cut]) for cut in cuts)
+        total[position] = _accumulate(chunks, kernel_shape[-2:], accumulation)
+    return _scaled(total, ex, edy)
+
+
+def _merged_multiplier(x: np.ndarray) -> np.ndarray:
+    return x.reshape((*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------
+
+
+def channel_statistics(y: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what batch norm and the next quantisation want to know of a convolution's output.
+
+    A row is what one index of all dimensions but the last two holds. Each row has one float64
+    partial sum, starting from +0, to which its pixels are added in order; the partials are added in
+    row order, starting from +0. A square is exact in float64.
+
+    Args:
+        y: float32 array `[.., pixels, C]`, of rank 2 or more.
+
+    Returns:
+        dict of arrays `[C]`: `"sum"` and `"sum_of_squares"` in float64, `"min"` and `"max"` in
+        float32. A minimum or maximum of zero is +0; one NaN makes it NaN; without any pixel they
+        are +Inf and -Inf.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    y = np.asarray(y)
+    if y.dtype != np.float32 or y.ndim < 2:
+        raise ValueError(
+            "channel_statistics: `y` must be float32 of rank 2 or more, received "
+            f"{y.dtype} of shape {y.shape}"
+        )
+    rows = int(np.prod(y.shape[:-2]))
+    pixels, channels = y.shape[-2:]
+    y = y.reshape((rows, pixels, channels))
+    wide = _float64(y)
+    result = {}
+    with np.errstate(invalid="ignore"):  # Inf - Inf is NaN, as it should be
+        for name, values in (("sum", wide), ("sum_of_squares", wide * wide)):
+            partials = np.zeros((rows, channels))
+            for pixel in range(pixels):
+                partials += values[:, pixel]
+            total = np.zeros(channels)
+            for partial in partials:
+                total += partial
+            result[name] = total
+    for name, find, neutral in (("min", np.argmin, np.inf), ("max", np.argmax, -np.inf)):
+        start = np.full((1, channels), neutral, np.float32)
+        flat = np.concatenate([start, y.reshape((rows * pixels, channels))])
+        # Compared in float64, where no value is subnormal; argmin and argmax find a NaN first.
+        where = find(_float64(flat), axis=0)[np.newaxis]
+        value = np.take_along_axis(flat, where, axis=0)[0]
+        result[name] = np.where(_bits(value) == 0x80000000, np.float32(0), value)
+    return result
+
+
+def _float64(x: np.ndarray) -> np.ndarray:
+    """Convert float32 to float64 on any floating point unit, subnormals too."""
+    bits = _bits(x)
+    significand, exponent = _significand_and_exponent(bits & 0x7FFFFFFF)
+    finite = np.ldexp(significand.astype(np.float64), exponent)
+    finite = np.where(bits >> 31 == 1, -finite, finite)
+    return np.where(bits & 0x7FFFFFFF < _FLOAT32_INFINITY, finite, x)
+
+
+# ---------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------
+
+
+def _checked_operand(
+    op: str, name: str, q: np.ndarray, e: int, mantissa_bits: int
+) -> tuple[np.ndarray, int]:
+    """Check an operand and return its mantissas as int64, and its exponent."""
+    q = np.asarray(q)
+    limit = qmax(mantissa_bits)
+    if q.dtype != np.int16:
+        raise ValueError(f"{op}: `{name}` must be int16, received {q.dtype}")
+    if q.size and not -limit <= q.min() <= q.max() <= limit:
+        raise ValueError(
+            f"{op}: mantissas of `{name}` must be from {-limit} to {limit} (at {mantissa_bits} "
+            f"bits), received values from {q.min()} to {q.max()}"
+        )
+    return q.astype(np.int64), _checked_exponent(op, f"exponent of {name}", e)
+
+
+def _checked_exponent(op: str, name: str, e: int) -> int:
+    if not -(2**31) <= int(e) < 2**31:
+        raise ValueError(f"{op}: `{name}` must be an int32, received {e}")
+    return int(e)
+
+
+def _checked_shape(op: str, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(int(n) for n in shape)
+    if not 3 <= len(shape) <= 5 or min(shape) < 0:
+        raise ValueError(f"{op}: `{name}` must be 3 to 5 integers, none negative, received {shape}")
+    return shape
+
+
+def _check_accumulation(op: str, accumulation: str) -> None:
+    if accumulation not in _ACCUMULATIONS:
+        raise ValueError(
+            f"{op}: `accumulation` must be one of {_ACCUMULATIONS}, received {accumulation!r}"
+        )
+
+
+def _check_ranks(op: str, x: tuple[int, ...], w: tuple[int, ...]) -> None:
+    if not 3 <= len(x) <= 5 or len(w) != len(x):
+        raise ValueError(
+            f"{op}: input and kernel must have the same rank of 3, 4 or 5, received shapes {x} "
+            f"and {w}"
+        )
+
+
+def _checked_groups(op: str, x: tuple[int, ...], w: tuple[int, ...]) -> int:
+    """Return the number of groups that an input and a kernel of these shapes have."""
+    _check_ranks(op, x, w)
+    channels, (per_group, filters) = x[-1], w[-2:]
+    groups = channels // per_group if per_group else 1
+    if groups < 1 or groups * per_group != channels or filters % groups:
+        raise ValueError(
+            f"{op}: the input's channels must be a multiple of the kernel's last dimension but "
+            f"one, and the filters a multiple of their ratio, received shapes {x} and {w}"
+        )
+    return groups
+
+
+def _check_depthwise(op: str, x: tuple[int, ...], w: tuple[int, ...]) -> None:
+    _check_ranks(op, x, w)
+    if w[-2] != x[-1]:
+        raise ValueError(
+            f"{op}: the kernel's last dimension but one must equal the input's channels, received "
+            f"shapes {x} and {w}"
+        )
+
+
+def _check_output(op: str, received: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if received != expected:
+        raise ValueError(f"{op}: `dy` must have shape {expected}, received {received}")
+
+
+def _per_dimension(op: str, name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    values = np.broadcast_to(value, rank) if np.ndim(value) == 0 else np.asarray(value)
+    if values.shape != (rank,) or values.dtype.kind not in "iu" or values.min() < 1:
+        raise ValueError(
+            f"{op}: `{name}` must be a positive integer or {rank} of them, received {value}"
+        )
+    return tuple(int(v) for v in values)
+
+
+def _checked_padding(op: str, padding: Padding, rank: int) -> tuple[tuple[int, int], ...]:
+    pairs = np.empty(0) if isinstance(padding, str) else np.asarray(padding)
+    if pairs.shape != (rank, 2) or pairs.dtype.kind not in "iu" or pairs.min() < 0:
+        raise ValueError(
+            f'{op}: `padding` must be "valid", "same" or {rank} pairs (before, after) of integers, '
+            f"none negative, received {padding!r}"
+        )
+    return tuple((int(before), int(after)) for before, after in pairs)

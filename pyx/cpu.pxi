@@ -1,0 +1,114 @@
+# Which microkernels there are, and which one runs.
+
+cdef extern from "microkernels/table.h" nogil:
+    ctypedef struct dfp_tile:
+        const int16_t* a
+        int64_t row_stride, pair_stride, rows
+        const int16_t* b
+        int64_t pairs, segment, chain
+        bint resume
+        int32_t* acc
+        float* c
+        int64_t ldc
+        float scale
+    ctypedef struct dfp_terms:
+        const int16_t** x
+        const int16_t** w
+        int64_t terms, segment, chain, n
+        bint resume
+        int64_t* wide
+        float* floats
+        float* y
+        double scale
+    ctypedef struct dfp_kernel:
+        const char* isa
+        int mr, nr, macs_per_cycle
+        void (*exact)(const dfp_tile*) noexcept nogil
+        void (*spill)(const dfp_tile*) noexcept nogil
+        uint32_t (*absmax_bits)(const float*, int64_t) noexcept nogil
+        void (*quantize)(const float*, int64_t, float, float, float, bint, int16_t*) noexcept nogil
+        void (*interleave)(const int16_t*, const int16_t*, int64_t, int, int64_t,
+                           int16_t*) noexcept nogil
+        void (*depthwise)(const dfp_terms*) noexcept nogil
+    ctypedef struct dfp_isa:
+        const char* name
+        const dfp_kernel* kernel
+        int (*supported)() noexcept nogil
+    const dfp_isa* dfp_isas
+    const int DFP_ISAS, DFP_MAX_TILE
+    float dfp_round(int64_t sum, double scale) noexcept
+
+# The kernel in use. Set when the library is loaded; without an initialiser, because the module's
+# own initialisation comes after the constructor and would reset it.
+cdef const dfp_kernel* kernel
+
+
+cdef bint usable(const dfp_isa* isa) noexcept nogil:
+    return isa.kernel != NULL and isa.supported()
+
+
+cdef bint choose_kernel(const char* wanted) noexcept nogil:
+    """Takes the wanted kernel, or the best one if `wanted` is NULL; False if there is none."""
+    global kernel
+    cdef int i
+    for i in range(DFP_ISAS):
+        if usable(&dfp_isas[i]) and (wanted == NULL or strcmp(dfp_isas[i].name, wanted) == 0):
+            kernel = dfp_isas[i].kernel
+            return True
+    return False
+
+
+def isa():
+    """Returns the name of the instruction set whose kernels are in use."""
+    return kernel.isa.decode()
+
+
+def isas():
+    """Returns what is known of every instruction set, the best first, as a list of dicts."""
+    found = []
+    for i in range(DFP_ISAS):
+        if dfp_isas[i].kernel == NULL:
+            reason = "the compiler that built keras-dfp does not know it"
+        elif not dfp_isas[i].supported():
+            reason = "this CPU does not have it"
+        else:
+            reason = ""
+        found.append({
+            "name": dfp_isas[i].name.decode(),
+            "compiled": dfp_isas[i].kernel != NULL,
+            "available": not reason,
+            "reason": reason,
+        })
+    return found
+
+
+def set_isa(name):
+    """Switches to the kernels of another instruction set, for tests and benchmarks.
+
+    Raises:
+        ValueError: If this machine cannot run it.
+    """
+    wanted = name.encode()
+    if not choose_kernel(wanted):
+        raise ValueError(
+            f"The instruction set {name!r} is not available; available here: "
+            + ", ".join(entry["name"] for entry in isas() if entry["available"]) + "."
+        )
+
+
+def macs_per_cycle():
+    """Returns how many int16 products a core can start per cycle with the kernels in use."""
+    return kernel.macs_per_cycle
+
+
+def set_threads(int n):
+    """Limits every kernel to n threads; 0 means OpenMP's own setting."""
+    global dfp_thread_limit
+    if n < 0:
+        raise ValueError(f"set_threads: n must be 0 (OpenMP's setting) or positive; got {n}.")
+    dfp_thread_limit = n
+
+
+def threads():
+    """Returns how many threads a kernel may use."""
+    return team_size()

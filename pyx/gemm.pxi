@@ -1,0 +1,293 @@
+# The blocked product that matmul and all passes of a convolution are:
+#
+#     C[m, n] = RN32(2**(ea + eb) * sum_k A[m, k] * B[k, n])
+#
+# for `batch` independent products (matrices of a batched matmul, groups of a convolution).
+# A task computes a block of mb rows and nb columns. It packs the block of A (pack.pxi; rows of an
+# image are gathered here, im2col exists only block by block), packs its panels of B unless all of
+# B was packed beforehand, and runs the microkernel tile by tile, panel after panel. Long K is cut
+# into blocks of kb products; partial sums wait in `acc`, tile by tile.
+
+cdef enum:
+    CACHED = 393216         # bytes of A (or of B) a task keeps in the second-level cache
+    LONG_K = 8192           # K beyond this is cut into blocks
+    BLOCK_K = 512           # of this length,
+    BLOCK_MN = 256          # for tasks of this many rows and columns
+    SMALL = 200000          # products below which a parallel region costs more than it saves
+    ALIGN = 64
+
+cdef struct Gemm:
+    # What is computed. Strides count int16 elements (floats for c).
+    ASource a
+    BSource b
+    int64_t m, n, k         # k counts the positions of PATCHES' padded taps
+    int64_t batch, a_batch, b_batch, c_batch
+    float* c
+    int64_t ldc
+    bint scattered          # rows of C follow `rows` instead of m * ldc
+    Scatter rows
+    int64_t a_bits, b_bits
+    int32_t exponent        # ea + eb
+    bint spill
+    # How: filled in by gemm_plan.
+    int threads
+    int64_t mb, nb, kb, m_blocks, n_blocks
+    int64_t segment         # spill: products after which chains restart, in K
+    int64_t chain           # products of a chain
+    bint packed_b           # B is packed once, for all tasks
+    bint carry              # partial sums wait in acc between blocks of K
+    bint fast               # the microkernel may scale and store
+    bint wide               # hi * 2**16 + lo is too narrow for all of K
+    int64_t narrow_k        # K it is wide enough for
+    double scale
+    int64_t a_bytes, b_bytes, acc_bytes, tile_bytes, task_bytes, shared_bytes
+    char* scratch
+
+
+cdef inline int64_t round_up(int64_t x, int64_t to) noexcept nogil:
+    return (x + to - 1) // to * to
+
+
+cdef inline int64_t clamp(int64_t x, int64_t low, int64_t high) noexcept nogil:
+    return max(low, min(x, high))
+
+
+cdef inline int64_t safe_chain(int64_t a_bits, int64_t b_bits, int64_t room) noexcept nogil:
+    """The longest chain of products that, with `room` more, stays within an int32."""
+    return (<int64_t>2147483647 - room) // (<int64_t>qmax_of(a_bits) * qmax_of(b_bits))
+
+
+cdef void gemm_plan(Gemm* g) noexcept nogil:
+    """Chooses blocks and threads, and says how much scratch gemm_run needs (scratch_bytes)."""
+    cdef int64_t mr = kernel.mr, nr = kernel.nr
+    cdef int64_t qq = <int64_t>qmax_of(g.a_bits) * qmax_of(g.b_bits)
+    cdef int64_t limit = safe_chain(g.a_bits, g.b_bits, 0 if g.spill else 65535)
+    cdef int64_t tiles
+    g.scale = scale_of(g.exponent)
+    g.narrow_k = (<int64_t>1 << 47) // qq // 2 * 2
+    g.wide = not g.spill and g.k > g.narrow_k
+    # Neither the scale nor a nonzero result (at least the scale) may be subnormal.
+    g.fast = -126 <= g.exponent <= 127 and not g.wide
+    g.threads = team_size() if <double>g.m * g.n * g.k * g.batch > SMALL else 1
+
+    g.chain = limit // 2 * 2
+    g.segment = g.k
+    g.kb = g.k if g.k <= LONG_K else BLOCK_K
+    if g.spill:
+        plan_spill(g, limit)
+    if g.wide:
+        g.kb = min(g.kb, g.narrow_k)
+    g.carry = g.kb < g.k
+
+    if g.k <= LONG_K or g.kb > LONG_K:
+        g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
+    else:
+        g.mb = BLOCK_MN
+    g.mb = min(g.mb, round_up(max(g.m, <int64_t>1), mr))
+    g.m_blocks = (g.m + g.mb - 1) // g.mb
+    g.packed_b = not g.carry and g.m_blocks > 2
+    g.nb = round_up(max(g.n, <int64_t>1), nr)
+    if not g.packed_b:
+        g.nb = min(g.nb, round_up(BLOCK_MN, nr))
+    # Enough tasks for all threads: halve the longer side.
+    while True:
+        g.m_blocks = (g.m + g.mb - 1) // g.mb
+        g.n_blocks = (g.n + g.nb - 1) // g.nb
+        if g.threads == 1 or g.batch * g.m_blocks * g.n_blocks >= 2 * g.threads:
+            break
+        if g.mb >= g.nb and g.mb > mr:
+            g.mb = round_up(g.mb // 2, mr)
+        elif g.nb > nr:
+            g.nb = round_up(g.nb // 2, nr)
+        elif g.mb > mr:
+            g.mb = round_up(g.mb // 2, mr)
+        else:
+            break
+
+    tiles = g.mb // mr * (g.nb // nr)
+    g.a_bytes = round_up(a_block_bytes(&g.a, g.mb, g.kb), ALIGN)
+    g.b_bytes = 0 if g.packed_b else round_up(nr * round_up(g.kb, 2) * 2, ALIGN)
+    # hi and lo, or one float; and the int64 beyond them.
+    g.tile_bytes = round_up(mr * nr * (16 if g.wide else 8), ALIGN)
+    g.acc_bytes = g.tile_bytes * (tiles if g.carry else 1)
+    g.task_bytes = g.a_bytes + g.b_bytes + g.acc_bytes + round_up(mr * nr * sizeof(float), ALIGN)
+    g.shared_bytes = 0
+    if g.packed_b:
+        g.shared_bytes = round_up(g.batch * round_up(g.n, nr) * round_up(g.k, 2) * 2, ALIGN)
+
+
+cdef void plan_spill(Gemm* g, int64_t limit) noexcept nogil:
+    """Chains end where the canonical order says; blocks of K end where chains do."""
+    g.chain = limit
+    g.segment = g.a.window.padded if g.a.kind == PATCHES else g.k
+    if limit % 2 and limit < g.segment:
+        # An odd chain would end within a pair: one block of K is one chain, padded to pairs.
+        g.kb = limit
+    elif g.segment <= LONG_K:
+        g.kb = min(g.k, LONG_K // max(g.segment, <int64_t>1) * g.segment)
+    else:
+        g.kb = max(limit, LONG_K // limit * limit)
+    g.kb = min(g.kb, g.k)
+
+
+cdef inline int64_t scratch_bytes(Gemm* g) noexcept nogil:
+    return g.shared_bytes + g.threads * g.task_bytes + ALIGN
+
+
+cdef inline int64_t next_block(Gemm* g, int64_t k0) noexcept nogil:
+    """The length of the block of K that begins at k0."""
+    cdef int64_t length = min(g.kb, g.k - k0)
+    if g.spill and g.segment > g.kb:
+        length = min(length, g.segment - k0 % g.segment)
+    return length
+
+
+cdef void gemm_run(Gemm* g, char* scratch) noexcept nogil:
+    cdef int64_t panels = (g.n + kernel.nr - 1) // kernel.nr
+    if g.m == 0 or g.n == 0 or g.batch == 0:
+        return
+    g.scratch = <char*>round_up(<int64_t>scratch, ALIGN)
+    if g.packed_b:
+        parallel_for(pack_b_task, g, g.batch * panels, g.threads)
+    parallel_for(gemm_task, g, g.batch * g.m_blocks * g.n_blocks, g.threads)
+
+
+cdef void pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
+    cdef Gemm* g = <Gemm*>work
+    cdef int64_t panels = (g.n + kernel.nr - 1) // kernel.nr
+    cdef int64_t n0 = i % panels * kernel.nr
+    pack_b_panel(&g.b, g.b.data + i // panels * g.b_batch, n0, min(kernel.nr, g.n - n0),
+                 0, g.k, <int16_t*>g.scratch + i * kernel.nr * round_up(g.k, 2))
+
+
+cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
+    cdef Gemm* g = <Gemm*>work
+    cdef int64_t item = i // (g.m_blocks * g.n_blocks)
+    cdef int64_t m0 = i // g.n_blocks % g.m_blocks * g.mb
+    cdef int64_t n0 = i % g.n_blocks * g.nb
+    cdef int64_t mc = min(g.mb, g.m - m0), nc = min(g.nb, g.n - n0)
+    cdef int64_t nr = kernel.nr, panel, k0, kc, pairs
+    cdef char* mine = g.scratch + g.shared_bytes + thread * g.task_bytes
+    cdef int16_t* a_pack = <int16_t*>mine
+    cdef int16_t* b_pack = <int16_t*>(mine + g.a_bytes)
+    cdef const int16_t* b
+    cdef ABlock a
+    cdef Block block
+    block.m0, block.n0, block.mc, block.nc = m0, n0, mc, nc
+    block.c = g.c + item * g.c_batch
+    block.acc = mine + g.a_bytes + g.b_bytes
+    block.spare = <float*>(block.acc + g.acc_bytes)
+    if g.k == 0:
+        clear_block(g, &block)
+        return
+    k0 = 0
+    while k0 < g.k:
+        kc = next_block(g, k0)
+        pairs = (kc + 1) // 2
+        block.first, block.last = k0 == 0, k0 + kc >= g.k
+        block.flush = g.wide and (k0 // g.kb + 1) % (g.narrow_k // g.kb) == 0
+        pack_a(&g.a, g.a.data + item * g.a_batch, m0, mc, k0, kc, a_pack, &a)
+        for panel in range((nc + nr - 1) // nr):
+            if g.packed_b:
+                b = <int16_t*>g.scratch + ((item * ((g.n + nr - 1) // nr) + n0 // nr + panel)
+                                           * round_up(g.k, 2)) * nr
+            else:
+                b = b_pack
+                pack_b_panel(&g.b, g.b.data + item * g.b_batch, n0 + panel * nr,
+                             min(nr, nc - panel * nr), k0, kc, b_pack)
+            multiply_panel(g, &block, &a, b, panel, pairs, min(round_up(g.segment, 2) // 2, pairs))
+        k0 += kc
+
+
+# The part of C a task computes, and where its sums wait.
+cdef struct Block:
+    int64_t m0, n0, mc, nc
+    float* c
+    char* acc
+    float* spare                # one tile, for results that do not fill a tile of C
+    bint first, last, flush
+
+
+cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int64_t panel,
+                         int64_t pairs, int64_t segment) noexcept nogil:
+    cdef int64_t mr = kernel.mr, nr = kernel.nr, tiles = (block.mc + mr - 1) // mr
+    cdef int64_t t, rows, cols = min(nr, block.nc - panel * nr)
+    cdef bint direct
+    cdef char* acc
+    cdef dfp_tile tile
+    tile.row_stride, tile.pair_stride = a.row_stride, a.pair_stride
+    tile.b = b
+    tile.pairs, tile.segment, tile.chain = pairs, segment, (g.chain + 1) // 2
+    tile.scale = <float>g.scale
+    for t in range(tiles):
+        rows = min(mr, block.mc - t * mr)
+        acc = block.acc + ((panel * (g.mb // mr) + t) * g.tile_bytes if g.carry else 0)
+        tile.a = a.data + t * a.tile_stride
+        tile.rows = rows
+        tile.acc = <int32_t*>acc
+        tile.resume = not block.first
+        direct = g.fast and rows == mr and cols == nr and not g.scattered
+        tile.c = NULL
+        tile.ldc = nr
+        if block.last and direct:
+            tile.c = block.c + (block.m0 + t * mr) * g.ldc + block.n0 + panel * nr
+            tile.ldc = g.ldc
+        elif block.last and g.fast:
+            tile.c = block.spare
+        if g.spill:
+            kernel.spill(&tile)
+        else:
+            kernel.exact(&tile)
+        if g.wide and (block.first or block.flush or block.last):
+            widen(acc, mr * nr, block.first, block.flush or block.last)
+        if block.last and not g.fast:
+            round_tile(g, acc, block.spare)
+        if block.last and not direct:
+            store_tile(g, block, t * mr, panel * nr, rows, cols)
+
+
+cdef void widen(char* acc, int64_t n, bint first, bint flush) noexcept nogil:
+    """Moves what hi and lo hold into the tile's int64 sums before hi can overflow."""
+    cdef int32_t* hi = <int32_t*>acc
+    cdef int32_t* lo = hi + n
+    cdef int64_t* wide = <int64_t*>(lo + n)
+    cdef int64_t i
+    if first:
+        memset(wide, 0, n * sizeof(int64_t))
+    if flush:
+        for i in range(n):
+            wide[i] += <int64_t>hi[i] * 65536 + lo[i]
+            hi[i] = lo[i] = 0
+
+
+cdef void round_tile(Gemm* g, char* acc, float* out) noexcept nogil:
+    """Rounds a tile's sums the careful way: any exponent, any length of K."""
+    cdef int64_t i, n = kernel.mr * kernel.nr
+    cdef int32_t* hi = <int32_t*>acc
+    cdef int32_t* lo = hi + n
+    cdef int64_t* wide = <int64_t*>(lo + n)
+    cdef float* sums = <float*>acc
+    for i in range(n):
+        if g.spill:
+            out[i] = <float>(sums[i] * g.scale)
+        else:
+            out[i] = dfp_round(wide[i] if g.wide else <int64_t>hi[i] * 65536 + lo[i], g.scale)
+
+
+cdef void store_tile(Gemm* g, Block* block, int64_t m, int64_t n, int64_t rows,
+                     int64_t cols) noexcept nogil:
+    cdef int64_t i, row
+    for i in range(rows):
+        row = block.m0 + m + i
+        if g.scattered:
+            row = scatter_row(&g.rows, row)
+        memcpy(block.c + row * g.ldc + block.n0 + n, block.spare + i * kernel.nr,
+               cols * sizeof(float))
+
+
+cdef void clear_block(Gemm* g, Block* block) noexcept nogil:
+    """An empty sum is zero."""
+    cdef int64_t i, row
+    for i in range(block.mc):
+        row = scatter_row(&g.rows, block.m0 + i) if g.scattered else block.m0 + i
+        memset(block.c + row * g.ldc + block.n0, 0, block.nc * sizeof(float))

@@ -1,0 +1,72 @@
+/* Every microkernel, the best first: adding one takes its header and one line below. */
+#ifndef DFP_TABLE_H
+#define DFP_TABLE_H
+
+#include <string.h>
+#include "microkernel.h"
+
+static inline int32_t load_s32(const int16_t *p) {
+    int32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+#include "portable.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+
+/* Compilers too old for an instruction set leave its kernel out. */
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define DFP_HAS_AVXVNNI 1
+#endif
+
+#include "avx2.h"
+#include "avx512bw.h"
+#include "avx512vnni.h"
+#ifdef DFP_HAS_AVXVNNI
+#include "avxvnni.h"
+#endif
+
+static int cpu_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+static int cpu_avxvnni(void) {
+    unsigned a, b, c, d;
+    return cpu_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+static int cpu_avx512bw(void) {
+    return cpu_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+static int cpu_avx512vnni(void) {
+    return cpu_avx512bw() && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+static int cpu_any(void) { return 1; }
+
+typedef struct {
+    const char *name;
+    const dfp_kernel *kernel; /* NULL: the compiler was too old */
+    int (*supported)(void);
+} dfp_isa;
+
+static const dfp_isa dfp_isas[] = {
+#if defined(__x86_64__)
+    {"avx512vnni", &dfp_kernel__avx512vnni, cpu_avx512vnni},
+    {"avx512bw", &dfp_kernel__avx512bw, cpu_avx512bw},
+#ifdef DFP_HAS_AVXVNNI
+    {"avxvnni", &dfp_kernel__avxvnni, cpu_avxvnni},
+#else
+    {"avxvnni", NULL, cpu_avxvnni},
+#endif
+    {"avx2", &dfp_kernel__avx2, cpu_avx2},
+#endif
+    {"portable", &dfp_kernel__portable, cpu_any},
+};
+
+enum { DFP_ISAS = sizeof dfp_isas / sizeof dfp_isas[0] };
+
+#endif

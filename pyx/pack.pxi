@@ -1,0 +1,233 @@
+# From the tensors' own layout (row-major int16, channels last) into the microkernel's, one block
+# that fits the cache at a time.
+
+# A window slides over an image: position p of tap t lies at pixel p * step + offset + t * tap_step
+# of each spatial dimension, and outside of the image there are zeros. Forward convolutions and both
+# gradients are such windows (conv.pxi). Shapes count depth, height, width.
+cdef struct Window:
+    int64_t positions[3]
+    int64_t step[3]
+    int64_t taps[3]
+    int64_t offset[3]
+    int64_t tap_step[3]
+    int64_t size[3]             # of the image, in pixels
+    int64_t pixel               # elements from a pixel to the next: all channels
+    int64_t channels            # channels of one group
+    int64_t padded              # elements a tap takes in K: channels, or rounded up to even
+
+cdef enum AKind:
+    ROWS        # A[m, k] = data[m * ld + k], used where it lies; k even
+    COLUMNS     # A[m, k] = data[k * ld + m]
+    PATCHES     # A[m, k]: position m, element k = (tap, channel) of the window
+    PATCHES_T   # A[m, k]: element m of the window, position k
+
+cdef struct ASource:
+    AKind kind
+    const int16_t* data
+    int64_t ld
+    Window window
+
+# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride.
+cdef struct ABlock:
+    const int16_t* data
+    int64_t row_stride, pair_stride, tile_stride
+
+# B[k, n] = data[tap(k) + channel(k) * k_stride + n * n_stride]; one of the strides is 1. Without
+# taps (taps[i] = 1, padded = K) that is a matrix.
+cdef struct BSource:
+    const int16_t* data
+    int64_t k_stride, n_stride
+    int64_t channels, padded    # of a tap, as in Window
+    int64_t taps[3]             # taps the window has,
+    int64_t first[3]            # the kernel position of the first,
+    int64_t jump[3]             # and from one to the next,
+    int64_t size[3]             # of so many positions
+    int64_t tap_stride          # elements from a kernel position to the next
+
+# Where the rows of C go when positions of the window are not consecutive pixels of the result.
+cdef struct Scatter:
+    int64_t positions[3]
+    int64_t step[3]
+    int64_t offset[3]
+    int64_t size[3]
+
+cdef enum:
+    MAX_NR = 64
+
+cdef int16_t zero_row[MAX_NR]
+
+
+cdef inline int64_t a_block_bytes(ASource* a, int64_t mb, int64_t kb) noexcept nogil:
+    if a.kind == ROWS:
+        return 0
+    # PATCHES_T gathers two positions before it interleaves them.
+    return mb * patch_stride(kb) * 2 + (2 * mb * 2 if a.kind == PATCHES_T else 0)
+
+
+cdef inline int64_t patch_stride(int64_t kc) noexcept nogil:
+    """Elements from a packed row to the next. Rows a multiple of 512 bytes apart would share few
+    sets of the first-level cache, so they are moved apart by a line."""
+    cdef int64_t stride = round_up(kc, 32)
+    return stride + 32 if stride % 256 == 0 else stride
+
+
+cdef inline int64_t scatter_row(Scatter* s, int64_t row) noexcept nogil:
+    cdef int64_t w = row % s.positions[2] * s.step[2] + s.offset[2]
+    row //= s.positions[2]
+    cdef int64_t h = row % s.positions[1] * s.step[1] + s.offset[1]
+    row //= s.positions[1]
+    cdef int64_t d = row % s.positions[0] * s.step[0] + s.offset[0]
+    row //= s.positions[0]
+    return ((row * s.size[0] + d) * s.size[1] + h) * s.size[2] + w
+
+
+cdef inline void copy_s16(int16_t* to, const int16_t* source, int64_t n) noexcept nogil:
+    """memcpy without the call: most copies are one pixel's channels."""
+    cdef int64_t i = 0
+    while i + 16 <= n:
+        memcpy(to + i, source + i, 32)
+        i += 16
+    while i < n:
+        to[i] = source[i]
+        i += 1
+
+
+cdef inline void zero_s16(int16_t* to, int64_t n) noexcept nogil:
+    memset(to, 0, n * sizeof(int16_t))
+
+
+cdef void gather(const Window* v, const int16_t* image, int64_t position, int64_t j0, int64_t count,
+                 int16_t* to) noexcept nogil:
+    """Copies elements j0 .. j0 + count of the window's (tap, channel) axis at one position."""
+    cdef int64_t w0 = position % v.positions[2] * v.step[2] + v.offset[2]
+    position //= v.positions[2]
+    cdef int64_t h0 = position % v.positions[1] * v.step[1] + v.offset[1]
+    position //= v.positions[1]
+    cdef int64_t d0 = position % v.positions[0] * v.step[0] + v.offset[0]
+    position //= v.positions[0]
+    cdef int64_t end = j0 + count
+    cdef int64_t tap = j0 // v.padded, j = j0
+    cdef int64_t tw = tap % v.taps[2]
+    cdef int64_t th = tap // v.taps[2] % v.taps[1]
+    cdef int64_t td = tap // v.taps[2] // v.taps[1]
+    cdef int64_t d, h, w, c, n, run, low, high
+    cdef const int16_t* row
+    # Taps next to each other in memory are copied in one go.
+    cdef bint adjacent = v.tap_step[2] == 1 and v.channels == v.pixel == v.padded
+    while j < end:
+        d, h = d0 + td * v.tap_step[0], h0 + th * v.tap_step[1]
+        if not (0 <= d < v.size[0] and 0 <= h < v.size[1]):
+            n = min(end - j, ((td * v.taps[1] + th + 1) * v.taps[2]) * v.padded - j)
+            zero_s16(to, n)
+            to += n
+            j += n
+            tw = v.taps[2]
+        else:
+            row = image + ((position * v.size[0] + d) * v.size[1] + h) * v.size[2] * v.pixel
+            if adjacent:
+                # Elements of this kernel row, counted from the image row's own start.
+                run = min(end - j, ((td * v.taps[1] + th + 1) * v.taps[2]) * v.padded - j)
+                low = w0 * v.pixel + j - (td * v.taps[1] + th) * v.taps[2] * v.padded
+                high = low + run
+                n = clamp(-low, 0, run)
+                if n:
+                    zero_s16(to, n)
+                c = clamp(v.size[2] * v.pixel - low, n, run)
+                if c > n:
+                    copy_s16(to + n, row + low + n, c - n)
+                if run > c:
+                    zero_s16(to + c, run - c)
+                to += run
+                j += run
+                tw = v.taps[2]
+            else:
+                while j < end and tw < v.taps[2]:
+                    w = w0 + tw * v.tap_step[2]
+                    c = j % v.padded
+                    run = min(end - j, v.padded - c)
+                    n = clamp(v.channels - c, 0, run)
+                    if 0 <= w < v.size[2]:
+                        copy_s16(to, row + w * v.pixel + c, n)
+                        if run > n:
+                            zero_s16(to + n, run - n)
+                    else:
+                        zero_s16(to, run)
+                    to += run
+                    j += run
+                    tw += 1
+        if tw == v.taps[2]:
+            tw = 0
+            th += 1
+            if th == v.taps[1]:
+                th = 0
+                td += 1
+
+
+cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
+                 int16_t* to, ABlock* block) noexcept nogil:
+    """Makes rows m0 .. m0 + mc and products k0 .. k0 + kc of A readable for the microkernel."""
+    cdef int64_t mr = kernel.mr, pairs = (kc + 1) // 2, i, stride
+    cdef int16_t* even
+    cdef int16_t* odd
+    block.data = to
+    if s.kind == ROWS:
+        block.data = data + m0 * s.ld + k0
+        block.row_stride, block.pair_stride, block.tile_stride = s.ld, 2, mr * s.ld
+    elif s.kind == PATCHES:
+        stride = patch_stride(kc)
+        block.row_stride, block.pair_stride, block.tile_stride = stride, 2, mr * stride
+        for i in range(mc):
+            gather(&s.window, data, m0 + i, k0, kc, to + i * stride)
+            if kc % 2:
+                to[i * stride + kc] = 0
+    else:
+        # Panels [pairs][mr][2], as B has them.
+        block.row_stride, block.pair_stride, block.tile_stride = 2, 2 * mr, 2 * mr * pairs
+        stride = round_up(mc, mr)
+        even = to + stride * pairs * 2
+        odd = even + stride
+        for i in range(0, 2 * pairs, 2):
+            if s.kind == COLUMNS:
+                kernel.interleave(data + (k0 + i) * s.ld + m0,
+                                  data + (k0 + min(i + 1, kc - 1)) * s.ld + m0,
+                                  mc, <int>mr, block.tile_stride, to + i * mr)
+            else:
+                gather(&s.window, data, k0 + i, m0, mc, even)
+                gather(&s.window, data, k0 + min(i + 1, kc - 1), m0, mc, odd)
+                kernel.interleave(even, odd, mc, <int>mr, block.tile_stride, to + i * mr)
+
+
+cdef inline const int16_t* b_row(BSource* s, const int16_t* data, int64_t k) noexcept nogil:
+    """Element (k, 0) of B, or NULL where k is padding."""
+    cdef int64_t tap, c, w, h, d
+    if k < s.padded:                # the first tap: all there is of a matrix
+        tap, c = 0, k
+    else:
+        tap, c = k // s.padded, k % s.padded
+    if c >= s.channels:
+        return NULL
+    w = s.first[2] + tap % s.taps[2] * s.jump[2]
+    tap //= s.taps[2]
+    h = s.first[1] + tap % s.taps[1] * s.jump[1]
+    d = s.first[0] + tap // s.taps[1] * s.jump[0]
+    return data + ((d * s.size[1] + h) * s.size[2] + w) * s.tap_stride + c * s.k_stride
+
+
+cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, int64_t k0,
+                       int64_t kc, int16_t* to) noexcept nogil:
+    """Packs columns n0 .. n0 + nc, products k0 .. k0 + kc as [pairs][nr][2], zeros beyond."""
+    cdef int64_t nr = kernel.nr, pairs = (kc + 1) // 2, k, i, n
+    cdef const int16_t* p
+    cdef const int16_t* q
+    for k in range(pairs):
+        p = b_row(s, data, k0 + 2 * k)
+        q = b_row(s, data, k0 + 2 * k + 1) if 2 * k + 1 < kc else NULL
+        if s.n_stride == 1:
+            p = p + n0 if p != NULL else zero_row
+            q = q + n0 if q != NULL else zero_row
+            kernel.interleave(p, q, nc, <int>nr, 0, to + k * nr * 2)
+        else:
+            for i in range(nr):
+                n = (n0 + i) * s.n_stride
+                to[(k * nr + i) * 2] = p[n] if p != NULL and i < nc else 0
+                to[(k * nr + i) * 2 + 1] = q[n] if q != NULL and i < nc else 0

@@ -1,0 +1,217 @@
+# What every TensorFlow kernel needs: inputs and outputs that are released at the end, scratch, and
+# errors that say op, argument, what was received and what would be right.
+
+cdef enum:
+    MAX_RANK = 16
+    MAX_HELD = 16
+
+cdef struct Shape:
+    int rank
+    int64_t dim[MAX_RANK]
+
+# One run of a kernel.
+cdef struct Call:
+    const char* op
+    TF_OpKernelContext* context
+    TF_Status* status
+    int held_count
+    TF_Tensor* held[MAX_HELD]
+    bint failed
+
+cdef extern from *:
+    """
+    #include <stdarg.h>
+    #include <stdio.h>
+
+    /* "[2,3,4]" */
+    static const char *dfp_shape_text(int rank, const int64_t *dim, char *out, size_t size) {
+        size_t at = (size_t)snprintf(out, size, "[");
+        for (int i = 0; i < rank && at < size; i++)
+            at += (size_t)snprintf(out + at, size - at, i ? ",%lld" : "%lld", (long long)dim[i]);
+        if (at < size) snprintf(out + at, size - at, "]");
+        return out;
+    }
+    """
+    const char* dfp_shape_text(int rank, const int64_t* dim, char* out, size_t size) noexcept nogil
+
+
+cdef void open_call(Call* c, const char* op, TF_OpKernelContext* context) noexcept nogil:
+    c.op, c.context, c.status = op, context, tf.NewStatus()
+    c.held_count, c.failed = 0, False
+
+
+cdef void close_call(Call* c) noexcept nogil:
+    cdef int i
+    if c.failed or tf.GetCode(c.status) != TF_OK:
+        tf.OpKernelContext_Failure(c.context, c.status)
+    for i in range(c.held_count):
+        tf.DeleteTensor(c.held[i])
+    tf.DeleteStatus(c.status)
+
+
+cdef inline bint ok(Call* c) noexcept nogil:
+    return not c.failed and tf.GetCode(c.status) == TF_OK
+
+
+cdef void fail(Call* c, const char* message) noexcept nogil:
+    cdef char text[700]
+    if ok(c):
+        snprintf(text, sizeof(text), "%s: %s", c.op, message)
+        tf.SetStatus(c.status, TF_INVALID_ARGUMENT, text)
+        c.failed = True
+
+
+cdef inline TF_Tensor* hold(Call* c, TF_Tensor* t) noexcept nogil:
+    if t != NULL:
+        c.held[c.held_count] = t
+        c.held_count += 1
+    return t
+
+
+cdef void* get_input(Call* c, int i, const char* name, Shape* shape) noexcept nogil:
+    """Input i's data, and its shape if `shape` is not NULL."""
+    cdef TF_Tensor* t = NULL
+    cdef char text[200]
+    cdef int d
+    if not ok(c):
+        return NULL
+    tf.GetInput(c.context, i, &t, c.status)
+    if hold(c, t) == NULL:
+        return NULL
+    if shape != NULL:
+        shape.rank = tf.NumDims(t)
+        if shape.rank > MAX_RANK:
+            snprintf(text, sizeof(text), "%s has %d dimensions; at most %d are supported",
+                     name, shape.rank, MAX_RANK)
+            fail(c, text)
+            return NULL
+        for d in range(shape.rank):
+            shape.dim[d] = tf.Dim(t, d)
+    return tf.TensorData(t)
+
+
+cdef int32_t get_exponent(Call* c, int i, const char* name) noexcept nogil:
+    cdef Shape shape
+    cdef char text[400]
+    cdef char dims[200]
+    cdef int32_t* e = <int32_t*>get_input(c, i, name, &shape)
+    if not ok(c):
+        return 0
+    if shape.rank != 0:
+        snprintf(text, sizeof(text), "%s must be a scalar; got shape %s", name,
+                 dfp_shape_text(shape.rank, shape.dim, dims, sizeof(dims)))
+        fail(c, text)
+        return 0
+    return e[0]
+
+
+cdef inline int64_t elements(const int64_t* dim, int rank) noexcept nogil:
+    """The number of elements, or -1 if a dimension is negative or there are 2**61 or more."""
+    cdef int64_t n = 1
+    cdef bint empty = False
+    cdef int i
+    for i in range(rank):
+        if dim[i] < 0:
+            return -1
+        if dim[i] == 0:
+            empty = True
+        elif n > (<int64_t>1 << 61) // dim[i]:
+            n = -1
+            break
+        else:
+            n *= dim[i]
+    return 0 if empty else n
+
+
+cdef inline int64_t size_of(int dtype) noexcept nogil:
+    return 8 if dtype == TF_DOUBLE or dtype == TF_INT64 else 2 if dtype == TF_INT16 else 4
+
+
+cdef void* set_output(Call* c, int i, int dtype, const int64_t* dim, int rank) noexcept nogil:
+    cdef char text[400]
+    cdef char dims[200]
+    cdef int64_t n = elements(dim, rank)
+    if not ok(c):
+        return NULL
+    if n < 0:
+        snprintf(text, sizeof(text), "the result would have shape %s, which no tensor can have",
+                 dfp_shape_text(rank, dim, dims, sizeof(dims)))
+        fail(c, text)
+        return NULL
+    cdef TF_Tensor* t = hold(
+        c, tf.AllocateOutput(c.context, i, dtype, dim, rank, n * size_of(dtype), c.status))
+    return tf.TensorData(t) if t != NULL else NULL
+
+
+cdef char* get_scratch(Call* c, int64_t bytes) noexcept nogil:
+    cdef TF_AllocatorAttributes where
+    cdef TF_Tensor* t
+    if not ok(c):
+        return NULL
+    where.struct_size = sizeof(TF_AllocatorAttributes)
+    where.on_host = 1
+    t = hold(c, tf.AllocateTemp(c.context, TF_UINT8, &bytes, 1, &where, c.status))
+    return <char*>tf.TensorData(t) if t != NULL else NULL
+
+
+# ---- attributes ----------------------------------------------------------------------------------
+
+cdef enum Padding:
+    VALID
+    SAME
+    EXPLICIT
+
+cdef struct Attrs:
+    int64_t a_bits, b_bits          # of the two operands in the order of the op's inputs
+    bint spill
+    Rounding rounding               # of DfpQuantize
+    int64_t seed, tensor_id
+    bint transpose_a, transpose_b   # of DfpMatmul
+    int rank                        # of the convolutions: spatial dimensions
+    int64_t stride[3]
+    int64_t dilation[3]
+    int64_t explicit[6]
+    Padding padding
+    bint depthwise
+    int64_t n_statistics
+
+
+cdef inline int64_t int_attr(TF_OpKernelConstruction* k, const char* name,
+                             TF_Status* st) noexcept nogil:
+    cdef int64_t v = 0
+    if tf.GetCode(st) == TF_OK:
+        tf.OpKernelConstruction_GetAttrInt64(k, name, &v, st)
+    return v
+
+
+cdef inline bint bool_attr(TF_OpKernelConstruction* k, const char* name,
+                           TF_Status* st) noexcept nogil:
+    cdef unsigned char v = 0
+    if tf.GetCode(st) == TF_OK:
+        tf.OpKernelConstruction_GetAttrBool(k, name, &v, st)
+    return v != 0
+
+
+cdef inline char first_letter(TF_OpKernelConstruction* k, const char* name,
+                              TF_Status* st) noexcept nogil:
+    cdef char text[32]
+    text[0] = 0
+    if tf.GetCode(st) == TF_OK:
+        tf.OpKernelConstruction_GetAttrString(k, name, text, 32, st)
+    return text[0]
+
+
+cdef int list_attr(TF_OpKernelConstruction* k, const char* name, int64_t* values, int most,
+                   TF_Status* st) noexcept nogil:
+    """Reads a list of at most `most` integers and returns its length."""
+    cdef int32_t n = 0, total = 0
+    cdef char text[200]
+    if tf.GetCode(st) != TF_OK:
+        return 0
+    tf.OpKernelConstruction_GetAttrSize(k, name, &n, &total, st)
+    if tf.GetCode(st) == TF_OK and n > most:
+        snprintf(text, sizeof(text), "%s must have at most %d entries; got %d", name, most, n)
+        tf.SetStatus(st, TF_INVALID_ARGUMENT, text)
+    if tf.GetCode(st) == TF_OK and n > 0:
+        tf.OpKernelConstruction_GetAttrInt64List(k, name, values, n, st)
+    return n

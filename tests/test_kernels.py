@@ -1,0 +1,466 @@
+"""Every kernel on every instruction set, compared with the contract bit for bit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_dfp import reference
+from keras_dfp.native import extension, lib
+
+ISAS = [entry["name"] for entry in extension.isas() if entry["available"]]
+TOKEN = np.zeros(0, np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    isa = extension.isa()
+    yield
+    extension.set_isa(isa)
+    extension.set_threads(0)
+
+
+def mantissas(rng, shape, bits, kind="random"):
+    """Random mantissas, or extreme ones: all of the largest magnitude."""
+    q = reference.qmax(bits)
+    if kind == "extreme":
+        return np.full(shape, q, np.int16)
+    if kind == "signs":
+        return (rng.choice([-q, q], shape)).astype(np.int16)
+    return rng.integers(-q, q + 1, shape).astype(np.int16)
+
+
+def assert_same_bits(actual, expected):
+    actual = np.asarray(actual)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    view = {4: np.uint32, 8: np.uint64}[actual.itemsize]
+    np.testing.assert_array_equal(actual.view(view), expected.view(view))
+
+
+# ---- Quantise ------------------------------------------------------------------------------------
+
+TINY = np.float32(2.0**-149)
+LARGEST = np.finfo(np.float32).max
+SPECIAL = {
+    "zeros": np.zeros(70, np.float32),
+    "negative zeros": np.full(5, -0.0, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+    "scalar": np.float32(-3.7),
+    "subnormals": np.arange(-40, 40, dtype=np.float32) * TINY,
+    "one subnormal": np.array([TINY], np.float32),
+    "largest": np.array([LARGEST, -LARGEST, 1, TINY, 0], np.float32),
+    "powers of two": np.array([1.0, -0.5, 0.25, 2.0**-13, 2.0**-14], np.float32),
+    "ties": np.arange(-9, 10, dtype=np.float32) / 2 + np.eye(1, 19, dtype=np.float32)[0] * 8191,
+    "clamped": np.array([np.nextafter(np.float32(2), np.float32(0)), -1.99999], np.float32),
+    "nan": np.array([1, np.nan, 2], np.float32),
+    "infinity": np.array([1, -np.inf, 2], np.float32),
+    "wide": (10.0 ** np.linspace(-44, 38, 500)).astype(np.float32),
+}
+
+
+def native_quantize(x, bits, rounding, exponent=None, **noise):
+    step = noise.pop("step", None)
+    q, e = lib.dfp_quantize(
+        x=x,
+        exponent=[] if exponent is None else [np.int32(exponent)],
+        step=[] if step is None else [np.int64(step)],
+        mantissa_bits=bits,
+        rounding=rounding,
+        **noise,
+    )
+    return q.numpy(), int(e)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rounding", ["nearest", "truncate", "stochastic"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_quantize_special_values(isa, rounding, name):
+    extension.set_isa(isa)
+    x = SPECIAL[name]
+    for bits in (8, 12, 14, 15, 16):
+        for exponent in (None, -163, -20, 0, 3, 121, 2**31 - 1, -(2**31) + 1, -(2**31)):
+            expected = reference.quantize(x, bits, rounding, exponent, seed=3, step=4)
+            q, e = native_quantize(x, bits, rounding, exponent, seed=3, step=4)
+            np.testing.assert_array_equal(q, expected[0])
+            assert e == expected[1]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rounding", ["nearest", "truncate", "stochastic"])
+def test_quantize_large(isa, threads, rounding):
+    extension.set_isa(isa)
+    extension.set_threads(threads)
+    x = np.random.default_rng(1).standard_normal(100_003).astype(np.float32)
+    expected = reference.quantize(x, 14, rounding, seed=-5, tensor_id=9, step=2**40)
+    q, e = native_quantize(x, 14, rounding, seed=-5, tensor_id=9, step=2**40)
+    np.testing.assert_array_equal(q, expected[0])
+    assert e == expected[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(width=32), max_size=40),
+    st.integers(8, 16),
+    st.sampled_from(["nearest", "truncate", "stochastic"]),
+    st.one_of(st.none(), st.integers(-200, 200)),
+)
+def test_quantize_any_value(values, bits, rounding, exponent):
+    x = np.array(values, np.float32)
+    expected = reference.quantize(x, bits, rounding, exponent)
+    q, e = native_quantize(x, bits, rounding, exponent)
+    np.testing.assert_array_equal(q, expected[0])
+    assert e == expected[1]
+
+
+@pytest.mark.parametrize("e", [-200, -163, -149, -140, -12, 0, 100, 121, 2**31 - 1, -(2**31)])
+def test_dequantize(e):
+    q = np.array([0, 1, -1, 3, 8191, -8191, 32767, -32767], np.int16)
+    y = lib.dfp_dequantize(q=q, e=np.int32(e), token=TOKEN)
+    assert_same_bits(y, reference.dequantize(q, e))
+
+
+def test_quantize_does_not_depend_on_flush_modes():
+    """TensorFlow flushes subnormals on its own threads, where a graph's ops run."""
+    import tensorflow as tf
+
+    x = tf.constant([TINY, -3 * TINY, 7 * TINY])
+    q, e = tf.function(lambda x: lib.dfp_quantize(x=x, exponent=[], step=[]))(x)
+    expected = reference.quantize(x.numpy())
+    np.testing.assert_array_equal(q, expected[0])
+    assert int(e) == expected[1]
+
+
+# ---- Matrix products -----------------------------------------------------------------------------
+
+
+def check_matmul(rng, batch, m, k, n, a_bits, b_bits, accumulation, kind, ea=-3, eb=-9):
+    a = mantissas(rng, (*batch, m, k), a_bits, kind)
+    b = mantissas(rng, (*batch, k, n), b_bits, kind)
+    options = dict(a_bits=a_bits, b_bits=b_bits, accumulation=accumulation)
+    expected = reference.matmul(a, ea, b, eb, **options)
+    for transpose_a in (False, True):
+        for transpose_b in (False, True):
+            y = lib.dfp_matmul(
+                a=np.swapaxes(a, -1, -2) if transpose_a else a,
+                a_exponent=np.int32(ea),
+                a_token=TOKEN,
+                b=np.swapaxes(b, -1, -2) if transpose_b else b,
+                b_exponent=np.int32(eb),
+                b_token=TOKEN,
+                transpose_a=transpose_a,
+                transpose_b=transpose_b,
+                **options,
+            )
+            assert_same_bits(y, expected)
+
+
+MATRICES = [
+    ((), 1, 1, 1),
+    ((), 3, 0, 4),
+    ((), 0, 5, 4),
+    ((2, 0), 3, 5, 4),
+    ((), 5, 7, 3),
+    ((3,), 17, 33, 9),
+    ((2, 2), 8, 64, 32),
+    ((), 100, 333, 65),
+    ((), 97, 128, 200),
+    ((), 31, 9001, 70),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("accumulation", ["exact", "spill"])
+@pytest.mark.parametrize("batch, m, k, n", MATRICES)
+def test_matmul(isa, accumulation, batch, m, k, n):
+    extension.set_isa(isa)
+    rng = np.random.default_rng(m + k + n)
+    for threads, (a_bits, b_bits), kind in [
+        (1, (14, 14), "random"),
+        (2, (14, 14), "extreme"),
+        (2, (16, 16), "extreme"),
+        (1, (16, 16), "signs"),
+        (2, (15, 15), "signs"),
+        (1, (12, 12), "extreme"),
+        (2, (8, 8), "extreme"),
+        (1, (9, 9), "random"),
+        (2, (14, 16), "extreme"),
+        (1, (8, 15), "signs"),
+    ]:
+        extension.set_threads(threads)
+        check_matmul(rng, batch, m, k, n, a_bits, b_bits, accumulation, kind)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_matmul_chain_of_odd_length(isa):
+    """9 bits allow chains of 33,025 products: they end within a pair."""
+    extension.set_isa(isa)
+    for kind in ("extreme", "random"):
+        check_matmul(np.random.default_rng(0), (), 2, 70_001, 3, 9, 9, "spill", kind)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("k", [131_073, 400_001])
+def test_matmul_sums_beyond_what_an_accumulator_holds(isa, k):
+    extension.set_isa(isa)
+    for kind in ("extreme", "signs"):
+        check_matmul(np.random.default_rng(k), (), 3, k, 2, 16, 16, "exact", kind)
+
+
+@pytest.mark.slow
+def test_matmul_sums_beyond_a_double():
+    rng = np.random.default_rng(0)
+    q = reference.qmax(16)
+    k = 9_000_000
+    for delta in range(8):
+        a, b = mantissas(rng, (1, k), 16, "extreme"), mantissas(rng, (k, 1), 16, "extreme")
+        a[0, :delta] -= 1
+        total = k * q * q - delta * q
+        y = lib.dfp_matmul(
+            a=a, a_exponent=np.int32(0), a_token=TOKEN,
+            b=b, b_exponent=np.int32(0), b_token=TOKEN, a_bits=16, b_bits=16,
+        )  # fmt: skip
+        assert_same_bits(y, reference.round_scaled(np.array([[total]], np.int64), 0))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("accumulation", ["exact", "spill"])
+@pytest.mark.parametrize("exponents", [(-100, -60), (-163, -163), (121, 0), (121, 121), (-63, -63)])
+def test_matmul_at_the_ends_of_float32(isa, accumulation, exponents):
+    extension.set_isa(isa)
+    rng = np.random.default_rng(5)
+    check_matmul(rng, (), 9, 40, 33, 14, 14, accumulation, "random", *exponents)
+
+
+def test_matmul_of_nan_is_nan():
+    a = np.zeros((2, 3), np.int16)
+    y = lib.dfp_matmul(
+        a=a, a_exponent=np.int32(-(2**31)), a_token=TOKEN,
+        b=a.T, b_exponent=np.int32(0), b_token=TOKEN,
+    )  # fmt: skip
+    assert np.isnan(y).all()
+
+
+# ---- Convolutions --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A convolution; `image` and `kernel` give the spatial dimensions."""
+
+    image: tuple
+    kernel: tuple
+    channels: int = 4
+    filters: int = 6  # of all groups; the multiplier of a depthwise convolution
+    strides: tuple = ()
+    dilations: tuple = ()
+    padding: object = "valid"
+    groups: int = 1
+    depthwise: bool = False
+    batch: int = 2
+
+    @property
+    def options(self):
+        ones = (1,) * len(self.image)
+        return dict(
+            strides=self.strides or ones, dilations=self.dilations or ones, padding=self.padding
+        )
+
+    @property
+    def attributes(self):
+        options = self.options
+        explicit = not isinstance(self.padding, str)
+        options["padding"] = "EXPLICIT" if explicit else self.padding.upper()
+        options["explicit_paddings"] = list(np.ravel(self.padding)) if explicit else []
+        return dict(options, depthwise=self.depthwise)
+
+
+def check_conv(case, rng, x_bits, w_bits, dy_bits, accumulation, kind, exponents=(-5, -7, 2)):
+    """Compares the three passes with the reference."""
+    ex, ew, ed = exponents
+    kernel_channels = case.channels if case.depthwise else case.channels // case.groups
+    x = mantissas(rng, (case.batch, *case.image, case.channels), x_bits, kind)
+    w = mantissas(rng, (*case.kernel, kernel_channels, case.filters), w_bits, kind)
+    prefix = "depthwise_conv" if case.depthwise else "conv"
+    options = dict(case.options, accumulation=accumulation)
+    expected = getattr(reference, prefix)(x, ex, w, ew, x_bits=x_bits, w_bits=w_bits, **options)
+    dy = mantissas(rng, expected.shape, dy_bits, kind)
+    attributes = dict(
+        case.attributes, accumulation=accumulation, x_bits=x_bits, w_bits=w_bits, dy_bits=dy_bits
+    )
+    x_in = dict(x=x, x_exponent=np.int32(ex), x_token=TOKEN)
+    w_in = dict(w=w, w_exponent=np.int32(ew), w_token=TOKEN)
+    dy_in = dict(dy=dy, dy_exponent=np.int32(ed), dy_token=TOKEN)
+
+    y, statistics = lib.dfp_conv(**x_in, **w_in, **attributes, n_statistics=4)
+    assert_same_bits(y, expected)
+    if expected.size:
+        stated = reference.channel_statistics(expected)
+        for value, name in zip(statistics, ["sum", "sum_of_squares", "min", "max"], strict=True):
+            assert_same_bits(value, stated[name].astype(np.float64))
+
+    dx = lib.dfp_conv_backprop_input(
+        input_sizes=np.array(x.shape, np.int32), **w_in, **dy_in, **attributes
+    )
+    assert_same_bits(
+        dx,
+        getattr(reference, prefix + "_input_gradient")(
+            dy, ed, w, ew, x.shape, dy_bits=dy_bits, w_bits=w_bits, **options
+        ),
+    )
+    dw = lib.dfp_conv_backprop_filter(
+        filter_sizes=np.array(w.shape, np.int32), **x_in, **dy_in, **attributes
+    )
+    assert_same_bits(
+        dw,
+        getattr(reference, prefix + "_weight_gradient")(
+            x, ex, dy, ed, w.shape, x_bits=x_bits, dy_bits=dy_bits, **options
+        ),
+    )
+
+
+CASES = {
+    "1x1": Case((5, 5), (1, 1), 8, 10),
+    "1x1 odd channels": Case((5, 5), (1, 1), 7, 5),
+    "1x1 strided": Case((6, 7), (1, 1), 8, 10, (2, 2)),
+    "3x3 same": Case((7, 6), (3, 3), 8, 40, padding="same"),
+    "3x3 valid": Case((7, 6), (3, 3), 5, 3),
+    "3x3 same strided": Case((9, 8), (3, 3), 6, 9, (2, 2), padding="same"),
+    "first layer": Case((20, 20), (7, 7), 3, 8, (2, 2), padding=((3, 3), (3, 3))),
+    "dilated": Case((9, 9), (3, 3), 4, 6, dilations=(2, 3), padding="same"),
+    "strided and dilated": Case((11, 12), (3, 4), 4, 6, (2, 3), (3, 2), padding="same"),
+    "stride beyond kernel": Case((9, 9), (2, 2), 4, 6, (3, 4)),
+    "stride divides dilation": Case((9, 9), (3, 3), 4, 6, (2, 2), (2, 4), padding="same"),
+    "asymmetric padding": Case((6, 6), (3, 2), 4, 6, (2, 1), padding=((0, 3), (4, 1))),
+    "padding beyond image": Case((2, 2), (3, 3), 3, 4, padding=((5, 4), (3, 6))),
+    "even kernel": Case((6, 5), (4, 2), 3, 4, padding="same"),
+    "causal": Case((9,), (3,), 4, 5, dilations=(2,), padding=((4, 0),)),
+    "1d": Case((12,), (5,), 3, 7, (2,), padding="same"),
+    "1d long": Case((300,), (40,), 1, 2, (7,)),
+    "3d": Case((4, 5, 6), (2, 3, 3), 3, 5, (1, 2, 2), padding="same"),
+    "3d dilated": Case((5, 5, 5), (2, 2, 3), 2, 3, dilations=(2, 1, 2)),
+    "groups": Case((6, 6), (3, 3), 8, 12, groups=4, padding="same"),
+    "odd groups": Case((6, 6), (3, 3), 9, 6, (2, 2), groups=3, padding="same"),
+    "one channel a group": Case((6, 6), (3, 3), 6, 12, groups=6, padding="same"),
+    "1x1 groups": Case((5, 4), (1, 1), 8, 8, groups=2),
+    "depthwise": Case((7, 6), (3, 3), 40, 1, depthwise=True, padding="same"),
+    "depthwise multiplier": Case((7, 6), (3, 2), 5, 3, (2, 2), depthwise=True, padding="same"),
+    "depthwise dilated": Case((9, 9), (3, 3), 9, 1, (1, 1), (2, 2), depthwise=True),
+    "depthwise 7x7": Case((9, 9), (7, 7), 33, 1, depthwise=True, padding="same"),
+    "depthwise 1d": Case((9,), (3,), 6, 2, depthwise=True),
+    "depthwise 3d": Case((4, 4, 5), (2, 2, 2), 3, 2, depthwise=True, padding="same"),
+    "1-wide image": Case((9, 1), (3, 3), 4, 6, padding="same"),
+    "one pixel": Case((1, 1), (1, 1), 130, 70, batch=1),
+    "no batch": Case((5, 5), (3, 3), batch=0),
+    "no output": Case((2, 5), (3, 3)),
+    "many channels": Case((3, 3), (3, 3), 97, 67, padding="same"),
+    "long K": Case((3, 2), (3, 3), 1030, 5, padding="same", batch=1),
+    "many pixels": Case((70, 70), (2, 2), 3, 5, padding="same", batch=2),
+    "prime everything": Case((13, 11), (5, 3), 7, 11, (3, 2), padding="same", batch=3),
+}
+FORMATS = [
+    (14, 14, 14, "random"),
+    (14, 14, 14, "extreme"),
+    (16, 16, 16, "extreme"),
+    (15, 15, 15, "signs"),
+    (12, 12, 12, "extreme"),
+    (8, 8, 8, "extreme"),
+    (8, 16, 14, "signs"),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("accumulation", ["exact", "spill"])
+@pytest.mark.parametrize("name", CASES)
+def test_conv(isa, accumulation, name):
+    extension.set_isa(isa)
+    rng = np.random.default_rng(len(name))
+    for i, (x_bits, w_bits, dy_bits, kind) in enumerate(FORMATS):
+        extension.set_threads(1 + i % 2)
+        check_conv(CASES[name], rng, x_bits, w_bits, dy_bits, accumulation, kind)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("accumulation", ["exact", "spill"])
+@pytest.mark.parametrize("name", ["3x3 same", "depthwise", "1x1", "groups"])
+def test_conv_at_the_ends_of_float32(isa, accumulation, name):
+    extension.set_isa(isa)
+    for exponents in [(-90, -60, -70), (121, 100, 90), (-140, 2, 3), (-(2**31), 0, 0)]:
+        rng = np.random.default_rng(0)
+        if exponents[0] == -(2**31):
+            expected = np.nan
+            case = CASES[name]
+            x = np.zeros((1, 5, 5, case.channels), np.int16)
+            inner = case.channels if case.depthwise else case.channels // case.groups
+            w = np.ones((*case.kernel, inner, case.filters), np.int16)
+            y, _ = lib.dfp_conv(
+                x=x, x_exponent=np.int32(-(2**31)), x_token=TOKEN,
+                w=w, w_exponent=np.int32(0), w_token=TOKEN, **case.attributes,
+            )  # fmt: skip
+            np.testing.assert_array_equal(y, expected)
+        else:
+            check_conv(CASES[name], rng, 14, 14, 14, accumulation, "random", exponents)
+
+
+@st.composite
+def conv_cases(draw, most=9):
+    rank = draw(st.integers(1, 3))
+    sizes = st.integers(1, most if rank < 3 else 5)
+    kernel = tuple(draw(st.integers(1, 4)) for _ in range(rank))
+    dilations = tuple(draw(st.integers(1, 3)) for _ in range(rank))
+    image = []
+    padding = draw(st.sampled_from(["valid", "same", "explicit"]))
+    pads = []
+    for k, d in zip(kernel, dilations, strict=True):
+        reach = (k - 1) * d + 1
+        before, after = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+        least = {"same": 1, "valid": reach, "explicit": max(1, reach - before - after)}[padding]
+        image.append(least + draw(sizes) - 1)
+        pads.append((before, after))
+    depthwise = draw(st.booleans())
+    groups = 1 if depthwise else draw(st.integers(1, 3))
+    return Case(
+        image=tuple(image),
+        kernel=kernel,
+        channels=groups * draw(st.integers(1, 9)),
+        filters=groups * draw(st.integers(1, 5)),
+        strides=tuple(draw(st.integers(1, 4)) for _ in range(rank)),
+        dilations=dilations,
+        padding=tuple(pads) if padding == "explicit" else padding,
+        groups=groups,
+        depthwise=depthwise,
+        batch=draw(st.integers(1, 3)),
+    )
+
+
+RUNS = st.tuples(
+    conv_cases(),
+    st.integers(0, 2**32 - 1),
+    st.tuples(*[st.sampled_from([8, 12, 14, 15, 16])] * 3),
+    st.sampled_from(["exact", "spill"]),
+    st.sampled_from(["random", "extreme", "signs"]),
+    st.sampled_from([1, 2]),
+    st.sampled_from(ISAS),
+)
+
+
+def check_run(run):
+    case, seed, bits, accumulation, kind, threads, isa = run
+    extension.set_isa(isa)
+    extension.set_threads(threads)
+    check_conv(case, np.random.default_rng(seed), *bits, accumulation, kind)
+
+
+@settings(deadline=None, max_examples=300)
+@given(RUNS)
+def test_conv_generated(run):
+    check_run(run)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=5000)
+@given(RUNS)
+def test_conv_generated_many(run):
+    check_run(run)

@@ -1,0 +1,415 @@
+"""DFPPolicy: names, options, patterns, saving; and the policy of a whole model."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import dtype_policies, layers
+
+import keras_dfp
+from keras_dfp import DFPFormat, DFPPolicy
+from keras_dfp.model_policy import layers_in_order
+
+EVERY_OPTION = {
+    "mantissa_bits": 12,
+    "rounding": "stochastic",
+    "accumulation": "spill",
+    "products": ["forward", "weight_gradient"],
+    "exclude": ["stem*", "head"],
+    "overrides": {"block/*": {"mantissa_bits": 16}, "gate": "float32", "mix": "dfp16"},
+}
+
+
+def small_cnn(name=None, **kwargs):
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, name="stem", **kwargs),
+            layers.Conv2D(4, 3, name="body", **kwargs),
+            layers.Flatten(),
+            layers.Dense(5, name="hidden", **kwargs),
+            layers.Dense(2, name="head", **kwargs),
+        ],
+        name=name,
+    )
+
+
+def images(n=4):
+    return np.random.default_rng(0).standard_normal((n, 8, 8, 3)).astype("float32")
+
+
+def formats(model):
+    """What the layers that multiply run on, by name."""
+    rows = keras_dfp.describe(model).rows
+    return {row["path"].split("/")[-1]: row["format"] for row in rows}
+
+
+def integer_layers(model):
+    return [name for name, fmt in formats(model).items() if fmt is not None]
+
+
+# ------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["dfp16", "dfp16_paper"])
+def test_names_work_wherever_keras_takes_a_policy(name):
+    expected = DFPPolicy(name)
+    assert dtype_policies.get(name) == expected
+    assert keras.DTypePolicy(name) == expected
+    assert layers.Dense(1, dtype=name).dtype_policy == expected
+    keras.config.set_dtype_policy(name)
+    assert keras.config.dtype_policy() == expected
+    assert layers.Dense(1).dtype_policy == expected
+
+
+def test_other_names_are_keras_own():
+    assert repr(keras.DTypePolicy("mixed_bfloat16")) == '<DTypePolicy "mixed_bfloat16">'
+    with pytest.raises(ValueError, match="dfp17"):
+        keras.DTypePolicy("dfp17")
+
+
+def test_set_policy_and_policy_scope():
+    keras_dfp.set_policy(DFPPolicy(mantissa_bits=12))
+    assert layers.Dense(1).dtype_policy.format.mantissa_bits == 12
+    with keras_dfp.policy_scope("dfp16_paper"):
+        assert layers.Dense(1).dtype_policy.name == "dfp16_paper"
+    assert layers.Dense(1).dtype_policy.format.mantissa_bits == 12
+    with pytest.raises(KeyError), keras_dfp.policy_scope("float32"):
+        raise KeyError
+    assert layers.Dense(1).dtype_policy.format.mantissa_bits == 12
+    keras_dfp.set_policy("float32")
+    assert layers.Dense(1).dtype_policy == keras.DTypePolicy("float32")
+
+
+def test_clear_session_resets_the_global_policy():
+    keras_dfp.set_policy("dfp16")
+    keras.backend.clear_session()
+    assert keras.config.dtype_policy() == keras.DTypePolicy("float32")
+
+
+def test_variables_and_activations_are_float32():
+    policy = DFPPolicy()
+    assert (policy.variable_dtype, policy.compute_dtype) == ("float32", "float32")
+    layer = layers.Dense(2, dtype=policy)
+    assert layer(np.ones((1, 3))).dtype == "float32"
+    assert layer.kernel.dtype == "float32"
+
+
+# ----------------------------------------------------------------------------------- options
+
+
+def test_defaults():
+    assert DFPPolicy().format == DFPFormat(14, "nearest", "exact")
+    assert DFPPolicy("dfp16_paper").format == DFPFormat(14, "nearest", "spill")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "dfp8"}, "'dfp16' or 'dfp16_paper'; got 'dfp8'"),
+        ({"mantissa_bits": 17}, "from 8 to 16; got 17"),
+        ({"mantissa_bits": 12.0}, "from 8 to 16; got 12.0"),
+        ({"rounding": "up"}, "'nearest', 'truncate', 'stochastic'; got 'up'"),
+        ({"accumulation": "fast"}, "'exact', 'spill'; got 'fast'"),
+        ({"products": "forward"}, "got the string 'forward'"),
+        ({"products": ["backward"]}, "'input_gradient', 'weight_gradient'; got 'backward'"),
+        ({"products": []}, "at least one"),
+        ({"exclude": "head"}, "list of patterns; got the string 'head'"),
+        ({"exclude": [3]}, "non-empty strings; got 3"),
+        ({"overrides": {"head": {"bits": 12}}}, r"overrides\['head'\] may change mantissa_bits"),
+        ({"overrides": {"head": {"mantissa_bits": 7}}}, "from 8 to 16; got 7"),
+        ({"overrides": {"head": "mixed_bfloat16"}}, "must be a dict of options, 'float32'"),
+        ({"overrides": {"head": DFPPolicy(exclude=["a"])}}, "without exclude and overrides"),
+    ],
+)
+def test_bad_options_raise_and_say_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DFPPolicy(**arguments)
+
+
+def test_serialisation_keeps_every_option():
+    policy = DFPPolicy(**EVERY_OPTION)
+    config = json.loads(json.dumps(dtype_policies.serialize(policy)))
+    restored = dtype_policies.deserialize(config)
+    assert type(restored) is DFPPolicy
+    assert restored == policy
+    assert restored.get_config() == policy.get_config()
+    assert layers.Dense.from_config(layers.Dense(1, dtype=policy).get_config()).dtype_policy == (
+        policy
+    )
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION)
+def test_equality_sees_every_option(option):
+    policy = DFPPolicy(**{option: EVERY_OPTION[option]})
+    assert policy != DFPPolicy()
+    assert policy == DFPPolicy(**{option: EVERY_OPTION[option]})
+    assert hash(policy) == hash(DFPPolicy(**{option: EVERY_OPTION[option]}))
+    assert option in repr(policy)
+
+
+def test_equality_with_other_policies():
+    assert DFPPolicy() != DFPPolicy("dfp16_paper", accumulation="spill")
+    assert DFPPolicy() != keras.DTypePolicy("float32")
+    assert keras.DTypePolicy("float32") != DFPPolicy()
+
+
+def test_a_policy_is_true_although_it_is_a_mapping():
+    assert (DFPPolicy() or "float32") == DFPPolicy()
+
+
+# ---------------------------------------------------------------------------------- patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "excluded"),
+    [
+        ("head", ["head"]),
+        ("h*", ["head", "hidden"]),
+        ("cnn/body", ["body"]),
+        ("cnn/*", ["stem", "body", "hidden", "head"]),
+        ("[sb]*", ["stem", "body"]),
+        ("ead", []),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:keras_dfp")
+def test_exclude(pattern, excluded):
+    model = small_cnn("cnn", dtype=DFPPolicy(exclude=[pattern]))
+    expected = [name for name in ("stem", "body", "hidden", "head") if name not in excluded]
+    assert integer_layers(model) == expected
+
+
+def test_overrides():
+    policy = DFPPolicy(
+        rounding="truncate",
+        exclude=["h*"],
+        overrides={"head": {"mantissa_bits": 16}, "stem": "float32", "body": "dfp16"},
+    )
+    assert formats(small_cnn(dtype=policy)) == {
+        "stem": None,
+        "body": DFPFormat(),
+        "hidden": None,
+        "head": DFPFormat(16, "truncate"),
+    }
+
+
+def test_patterns_that_match_nothing_are_reported():
+    model = small_cnn(dtype=DFPPolicy(exclude=["stem", "fc"], overrides={"fc2": "float32"}))
+    message = "matches 'fc', 'fc2'"
+    with pytest.warns(UserWarning, match=message):
+        model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match=message):
+        keras_dfp.describe(model)
+    with pytest.warns(UserWarning, match="matches 'nowhere'"):
+        keras_dfp.set_model_policy(model, DFPPolicy(exclude=["nowhere"]))
+
+
+def test_patterns_of_an_unbuilt_model_are_checked_once_it_is_built():
+    class Late(keras.Model):
+        def build(self, input_shape):
+            self.head = layers.Dense(1, name="head")
+
+        def call(self, x):
+            return self.head(x)
+
+    keras_dfp.set_policy(DFPPolicy(exclude=["head", "fc"]))
+    model = Late()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.compile("sgd", "mse")
+    x = np.ones((4, 3), "float32")
+    with pytest.warns(UserWarning, match="matches 'fc'") as caught:
+        model.fit(x, x[:, :1], epochs=2, verbose=0)
+        model.evaluate(x, x[:, :1], verbose=0)
+    assert len(caught) == 1
+
+
+# ------------------------------------------------------------------------- one layer's policy
+
+
+def test_assigning_a_layers_policy_touches_no_other_layer():
+    shared = DFPPolicy()
+    first, second = small_cnn(dtype=shared), small_cnn(dtype=shared)
+    first.get_layer("body").dtype_policy = "float32"
+    assert integer_layers(first) == ["stem", "hidden", "head"]
+    assert len(integer_layers(second)) == 4
+    assert len(shared) == 0
+
+
+def test_a_policy_is_immutable():
+    with pytest.raises(TypeError, match="immutable"):
+        DFPPolicy()["head"] = "float32"
+
+
+def test_a_dfp_policy_inside_keras_own_policy_map():
+    policies = dtype_policies.DTypePolicyMap(default_policy=keras.DTypePolicy("float32"))
+    policies["cnn/b.*"] = DFPPolicy()
+    assert integer_layers(small_cnn("cnn", dtype=policies)) == ["body"]
+
+
+# ----------------------------------------------------------------------------------- saving
+
+
+def save_and_load(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    return keras.models.load_model(tmp_path / "model.keras")
+
+
+def test_a_saved_model_keeps_its_policy_under_any_global_policy(tmp_path):
+    model = small_cnn(dtype=DFPPolicy(mantissa_bits=9, exclude=["head"]))
+    restored = save_and_load(model, tmp_path)
+    assert formats(restored) == formats(model)
+    np.testing.assert_array_equal(restored.predict(images(), verbose=0),
+                                  model.predict(images(), verbose=0))
+
+
+def composite():
+    inputs = keras.Input((5, 4))
+    x = layers.MultiHeadAttention(2, 4)(inputs, inputs)
+    x = layers.Bidirectional(layers.LSTM(3, return_sequences=True))(x)
+    x = layers.RNN([layers.LSTMCell(3), layers.GRUCell(4)], return_sequences=True)(x)
+    x = layers.TimeDistributed(layers.Dense(3))(x)
+    x = keras.ops.matmul(x, keras.ops.transpose(x, (0, 2, 1)))
+    return keras.Model(inputs, keras.Sequential([layers.Dense(2)])(x))
+
+
+def test_composite_models_keep_their_policy(tmp_path):
+    with keras_dfp.policy_scope("dfp16"):
+        model = composite()
+    rows = keras_dfp.describe(model).rows
+    assert all(row["format"] for row in rows) and len(rows) == 12
+    restored = save_and_load(model, tmp_path)
+    assert all(row["format"] for row in keras_dfp.describe(restored).rows)
+    x = np.random.default_rng(1).standard_normal((2, 5, 4)).astype("float32")
+    np.testing.assert_array_equal(restored(x), model(x))
+
+
+def test_a_float32_model_loaded_under_a_dfp_global_policy_stays_float32(tmp_path):
+    model = composite()
+    keras_dfp.set_policy("dfp16")
+    restored = save_and_load(model, tmp_path)
+    assert not any(row["format"] for row in keras_dfp.describe(restored).rows)
+    restored.compile("sgd", "mse", jit_compile=True)
+    assert restored.jit_compile
+
+
+def test_loading_without_the_package_says_which_one_is_missing(tmp_path):
+    small_cnn(dtype="dfp16").save(tmp_path / "model.keras")
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "keras_dfp":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import keras
+try:
+    keras.models.load_model({str(tmp_path / "model.keras")!r})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("TypeError")
+    assert "keras_dfp.DFPPolicy" in run.stdout
+
+
+# ---------------------------------------------------------------------------- whole models
+
+
+def test_set_model_policy_there_and_back_keeps_weights_and_optimizer():
+    model = small_cnn()
+    x, y = images(), np.ones((4, 2), "float32")
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    model.fit(x, y, verbose=0)
+    optimizer = model.optimizer
+    state = [v.numpy() for v in (*model.variables, *optimizer.variables)]
+    float32 = model.predict(x, verbose=0)
+
+    keras_dfp.set_model_policy(model, DFPPolicy(mantissa_bits=8))
+    assert len(integer_layers(model)) == 4
+    assert model.optimizer is optimizer
+    for before, after in zip(state, (*model.variables, *optimizer.variables), strict=True):
+        np.testing.assert_array_equal(before, after.numpy())
+    integers = model.predict(x, verbose=0)
+    assert not np.array_equal(integers, float32)
+    np.testing.assert_allclose(integers, float32, atol=0.1)
+    model.fit(x, y, verbose=0)
+
+    for variable, value in zip((*model.variables, *optimizer.variables), state, strict=True):
+        variable.assign(value)
+    keras_dfp.set_model_policy(model, "float32")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), float32)
+
+
+def test_set_model_policy_reaches_layers_inside_layers():
+    model = composite()
+    keras_dfp.set_model_policy(model, "dfp16")
+    assert all(row["format"] for row in keras_dfp.describe(model).rows)
+    keras_dfp.set_model_policy(model, "float32")
+    assert not any(row["format"] for row in keras_dfp.describe(model).rows)
+
+
+def test_set_model_policy_leaves_other_dtypes_alone():
+    inputs = keras.Input((3,), dtype="int64")
+    x = layers.Hashing(8, dtype="int64")(inputs)
+    x = layers.Dense(2)(layers.Flatten()(layers.Embedding(8, 4)(x)))
+    model = keras.Model(inputs, layers.Dense(2, dtype="float64")(x))
+    keras_dfp.set_model_policy(model, "dfp16")
+    dtypes = [layer.dtype for layer in model.layers[1:]]
+    assert dtypes == ["int64", "float32", "float32", "float32", "float64"]
+    assert integer_layers(model) == [model.layers[-2].name]
+
+
+def test_set_model_policy_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="must be a DFPPolicy or 'float32'; got <DTypePolicy"):
+        keras_dfp.set_model_policy(small_cnn(), "mixed_bfloat16")
+    with keras_dfp.policy_scope("float64"):
+        model = small_cnn()
+    with pytest.raises(ValueError, match="no layer of model .* has float32 variables"):
+        keras_dfp.set_model_policy(model, "dfp16")
+
+
+# ------------------------------------------------------------------------------ dfp16_paper
+
+
+def test_paper_recipe_by_set_model_policy():
+    model = small_cnn()
+    keras_dfp.set_model_policy(model, "dfp16_paper")
+    assert integer_layers(model) == ["body", "hidden"]
+    assert formats(model)["body"].accumulation == "spill"
+    keras_dfp.set_model_policy(model, "dfp16")
+    assert len(integer_layers(model)) == 4
+
+
+def test_paper_recipe_at_compile_and_after_loading(tmp_path):
+    model = small_cnn(dtype="dfp16_paper")
+    assert len(integer_layers(model)) == 4
+    model.compile("sgd", "mse")
+    assert integer_layers(model) == ["body", "hidden"]
+    model.compile("sgd", "mse")
+    assert model.get_layer("stem").dtype_policy.exclude == ("stem",)
+    assert integer_layers(save_and_load(model, tmp_path)) == ["body", "hidden"]
+
+
+def test_paper_recipe_of_a_model_built_after_compile():
+    with keras_dfp.policy_scope("dfp16_paper"):
+        model = keras.Sequential([layers.Conv2D(2, 3), layers.Flatten(), layers.Dense(1)])
+        model.compile("sgd", "mse")
+        model.fit(images(), np.ones((4, 1)), verbose=0)
+    assert integer_layers(model) == []
+
+
+def test_paper_recipe_yields_to_overrides():
+    model = small_cnn(dtype=DFPPolicy("dfp16_paper", overrides={"stem": {"mantissa_bits": 16}}))
+    model.compile("sgd", "mse")
+    assert integer_layers(model) == ["stem", "body", "hidden"]
+
+
+def test_layers_in_order_goes_depth_first():
+    inner = keras.Sequential([layers.Dense(1, name="b"), layers.Dense(1, name="c")], name="inner")
+    model = keras.Sequential([layers.Dense(1, name="a"), inner, layers.Dense(1, name="d")])
+    assert [layer.name for layer in layers_in_order(model)][1:] == ["a", "inner", "b", "c", "d"]

@@ -1,0 +1,220 @@
+"""describe(model): every layer that multiplies, how, and why."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import keras_dfp
+from keras_dfp import DFPFormat, DFPPolicy, backend
+
+
+def summary(model, *args, **kwargs):
+    rows = keras_dfp.describe(model, *args, **kwargs).rows
+    return [(row["path"].split("/")[-1], row["operations"], row["format"]) for row in rows]
+
+
+class RawMatmul(layers.Layer):
+    """A custom layer that passes by Keras for one of its two products."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 3), name="kernel")
+
+    def call(self, x):
+        return tf.matmul(x, self.kernel) + keras.ops.matmul(x, self.kernel)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__(name="subclassed")
+        self.convolution = layers.Conv1D(4, 3, name="convolution")
+        self.recurrent = layers.LSTM(3, name="recurrent")
+
+    def call(self, x):
+        return self.recurrent(self.convolution(x))
+
+
+def test_rows():
+    with keras_dfp.policy_scope(DFPPolicy(products=["forward"], exclude=["head"])):
+        inputs = keras.Input((8, 8, 3))
+        x = layers.Conv2D(4, 3, name="stem")(inputs)
+        x = layers.BatchNormalization()(x)
+        x = layers.ReLU()(x)
+        x = layers.Dense(2, name="hidden", dtype="float32")(layers.Flatten()(x))
+        model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    report = keras_dfp.describe(model)
+    assert report.rows == [
+        {
+            "path": "stem",
+            "layer": "Conv2D",
+            "operations": {"conv": 1},
+            "products": ("forward",),
+            "format": DFPFormat(products=("forward",)),
+            "reason": "",
+        },
+        {
+            "path": "hidden",
+            "layer": "Dense",
+            "operations": {"matmul": 1},
+            "products": (),
+            "format": None,
+            "reason": "policy float32",
+        },
+        {
+            "path": "head",
+            "layer": "Dense",
+            "operations": {"matmul": 1},
+            "products": (),
+            "format": None,
+            "reason": "excluded by pattern 'head'",
+        },
+    ]
+    assert report.others == {"BatchNormalization": 1, "ReLU": 1, "Flatten": 1}
+
+
+def test_the_table():
+    with keras_dfp.policy_scope("dfp16"):
+        model = keras.Sequential(
+            [keras.Input((4,)), layers.Dense(2, name="a"), layers.Dense(2, name="b"), layers.ReLU()],
+            name="net",
+        )
+    model.get_layer("b").dtype_policy = "float32"
+    report = keras_dfp.describe(model)
+    assert str(report) == (
+        "layer  class  products  runs on                          why\n"
+        "-----  -----  --------  -------------------------------  --------------\n"
+        "net/a  Dense  1 matmul  INT16 (14 bits, nearest, exact)\n"
+        "net/b  Dense  1 matmul  FP32                             policy float32\n"
+        f"1 of 2 run on integers (kernels: {report.kernels}).\n"
+        "No products: 1 ReLU."
+    )
+
+
+def test_raw_tensorflow_in_a_custom_layer_shows_as_float32():
+    model = keras.Sequential([keras.Input((4,)), RawMatmul(name="raw", dtype="dfp16")])
+    assert summary(model) == [
+        ("raw", {"MatMul": 1}, None),
+        ("raw", {"matmul": 1}, DFPFormat()),
+    ]
+    assert "tf.matmul" not in str(keras_dfp.describe(model))
+    assert "calls TensorFlow's MatMul directly" in str(keras_dfp.describe(model))
+
+
+def test_keras_dfp_ops_in_a_custom_layer_show_as_integers():
+    layer = layers.Lambda(lambda x: keras_dfp.ops.matmul(x, tf.transpose(x)), name="mine")
+    (row,) = keras_dfp.describe(keras.Sequential([keras.Input((4,)), layer])).rows
+    assert (row["format"], row["reason"]) == (DFPFormat(), "calls keras_dfp.ops")
+
+
+def test_layers_inside_layers_and_loops_are_counted_once():
+    with keras_dfp.policy_scope("dfp16"):
+        inputs = keras.Input((5, 4))
+        shared = layers.Dense(4, name="shared")
+        x = shared(shared(inputs))
+        x = layers.MultiHeadAttention(2, 4, dropout=0.1, name="attention")(x, x)
+        model = keras.Model(inputs, layers.LSTM(3)(x))
+    assert [found[:2] for found in summary(model)] == [
+        ("shared", {"matmul": 2}),
+        ("query", {"einsum": 1}),
+        ("key", {"einsum": 1}),
+        ("value", {"einsum": 1}),
+        ("attention", {"einsum": 2}),
+        ("attention_output", {"einsum": 1}),
+        ("lstm_cell", {"matmul": 2}),
+    ]
+
+
+def test_dictionaries_of_inputs():
+    inputs = {name: keras.Input((3,), name=name) for name in ("a", "b")}
+    product = layers.Dot(axes=-1, dtype="dfp16", name="dot")([inputs["a"], inputs["b"]])
+    assert summary(keras.Model(inputs, product)) == [("dot", {"matmul": 1}, DFPFormat())]
+
+
+def test_preprocessing_says_why():
+    model = keras.Sequential(
+        [layers.RandomSharpness(0.5, dtype="dfp16"), layers.Conv2D(2, 3, dtype="dfp16")]
+    )
+    rows = keras_dfp.describe(model, input_shape=(None, 8, 8, 3)).rows
+    assert [row["reason"] for row in rows] == ["preprocessing stays FP32 by default", ""]
+
+
+def test_paper_recipe_says_why():
+    with keras_dfp.policy_scope("dfp16_paper"):
+        model = keras.Sequential(
+            [
+                keras.Input((8, 8, 3)),
+                layers.Conv2D(2, 3),
+                layers.Conv2D(2, 3),
+                layers.Flatten(),
+                layers.Dense(2),
+            ]
+        )
+    model.compile("sgd", "mse")
+    assert [row["reason"] for row in keras_dfp.describe(model).rows] == [
+        "first convolution stays FP32 under dfp16_paper",
+        "",
+        "last dense layer stays FP32 under dfp16_paper",
+    ]
+
+
+# ---------------------------------------------------------------------------- subclassed models
+
+EXPECTED = [
+    ("convolution", {"conv": 1}, DFPFormat()),
+    ("lstm_cell", {"matmul": 2}, DFPFormat()),
+]
+
+
+@pytest.fixture
+def subclassed():
+    with keras_dfp.policy_scope("dfp16"):
+        return Subclassed()
+
+
+def test_a_subclassed_model_that_was_called(subclassed):
+    subclassed(np.ones((2, 8, 4), "float32"))
+    assert summary(subclassed) == EXPECTED
+
+
+def test_a_subclassed_model_with_an_input_shape(subclassed):
+    assert summary(subclassed, input_shape=(None, 8, 4)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [np.ones((2, 8, 4), "float32"), tf.ones((2, 8, 4)), keras.Input((8, 4))],
+    ids=["array", "tensor", "Input"],
+)
+def test_a_subclassed_model_with_inputs(subclassed, inputs):
+    assert summary(subclassed, inputs) == EXPECTED
+
+
+def test_a_subclassed_model_whose_inputs_are_not_known(subclassed):
+    with pytest.raises(ValueError, match="'subclassed' are not known.*input_shape="):
+        keras_dfp.describe(subclassed)
+
+
+def test_inputs_the_model_does_not_take(subclassed):
+    with pytest.raises(ValueError, match="'subclassed' cannot be called with inputs"):
+        keras_dfp.describe(subclassed, input_shape=(None, 8, 8, 4))
+
+
+def test_describing_changes_nothing(subclassed):
+    subclassed(np.ones((2, 8, 4), "float32"))
+    subclassed.compile("sgd", "mse")
+    weights = subclassed.get_weights()
+    keras_dfp.describe(subclassed)
+    for before, after in zip(weights, subclassed.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert subclassed.losses == []
+
+
+def test_without_the_plugin():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    backend.uninstall()
+    try:
+        with pytest.raises(RuntimeError, match="not installed"):
+            keras_dfp.describe(model)
+    finally:
+        backend.install()
