@@ -32,7 +32,7 @@ test-slow: build/dev.stamp build/native.stamp  ## Run the tests marked slow
 lint: build/dev.stamp  ## Check style: ruff, cython-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint pyx
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint pyx
 
 format: build/dev.stamp  ## Bring Python files into ruff's format
 	$(BIN)/ruff check --fix .

@@ -6,10 +6,8 @@ that both meet the same machine. The median counts. Quantising the operands is t
 shown apart; its time belongs to the pass that needs the operand first, because the gradients
 reuse what the forward pass quantised, and share the quantised gradient of the output.
 
-The peak is that of the instruction set in use: products per cycle on a core that has it in full
-width, times threads, times the clock, which is measured by a chain of dependent additions. Cores
-that split wide instructions, or slow down under them, cannot get there: the share of the peak is
-rather too low than too high.
+The peak is measured: products per second of one core that does nothing but multiply-accumulate
+with the instruction set in use, on registers, times threads.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +25,7 @@ import click
 import keras
 import tensorflow as tf
 
+import keras_dfp
 from keras_dfp import native
 
 PASSES = ("forward", "input gradient", "weight gradient")
@@ -174,19 +172,14 @@ def line(label: str, count: str, name: str, row: dict, peak: float) -> str:
 
 def machine() -> dict:
     """Returns what the figures depend on."""
-    extension = native.extension
-    clock = max(extension.clock() for _ in range(20))
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [entry.split(":", 1)[1].strip() for entry in lines if entry.startswith("model name")]
+    facts = keras_dfp.info()
+    peak = native.extension.macs_per_cycle() * facts["threads"] * clock
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "isa": extension.isa(),
-        "threads": extension.threads(),
+        **{
+            key: facts[key] for key in ("cpu", "isa", "threads", "keras_dfp", "keras", "tensorflow")
+        },
         "clock_ghz": clock / 1e9,
-        "peak_gmacs": extension.macs_per_cycle() * extension.threads() * clock / 1e9,
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
+        "peak_gmacs": peak / 1e9,
     }
 
 
@@ -201,7 +194,6 @@ def main(
 ) -> None:
     if threads:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
-        native.extension.set_threads(threads)
     if isa:
         try:
             native.extension.set_isa(isa)
@@ -211,7 +203,7 @@ def main(
     peak = facts["peak_gmacs"] * 1e9
     click.echo(
         f"ResNet-50, batch {batch}, 224x224, median of {repeats}; {facts['cpu']}, "
-        f"{facts['threads']} thread(s), {facts['isa']}, {facts['clock_ghz']:.2f} GHz: "
+        f"{facts['threads']} thread(s), {facts['isa']}: "
         f"peak {facts['peak_gmacs']:.0f} GMAC/s; TensorFlow {facts['tensorflow']}\n"
     )
     click.echo(HEADER)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dfp.native import Conv, ConvInputGradient
+from keras_dfp.native import Conv, ConvInputGradient, Sizes
 from keras_dfp.number import DFPFormat
 from keras_dfp.product import View, as_float32, attributes, check_size, multiply, sizes
 
@@ -102,36 +102,31 @@ class Convolution:
             self.fail(f"`{name}` must be an int or {self.rank} ints, at least {least}: {value!r}")
         return values
 
-    def convolve(self, filters: int | None, depthwise: bool) -> tf.Tensor:
-        """Returns the convolution, which has `filters` channels."""
-        empty = 0 in (self.batch, *self.spatial, self.channels)
-        out = []
-        for n, reach, stride in zip(self.spatial, self.reach, self.strides, strict=True):
-            if n is None:
-                out.append(None)
-            elif self.padding == "SAME":
-                out.append(-(-n // stride))
-            elif n < reach and not empty:
-                self.fail(f"a kernel reaching over {self.reach} pixels is larger than the input")
-            else:
-                out.append(max(0, (n - reach) // stride + 1))
-        return self._multiply(Conv(self._attributes(depthwise)), [self.batch, *out, filters])
+    def convolve(self, depthwise: bool) -> tf.Tensor:
+        """Returns the convolution."""
+        product = Conv(self._attributes(depthwise))
+        x_shape = [self.batch, *self.spatial, self.channels]
+        shape = product.output_shape(x_shape, self.kernel.shape)
+        if any(n is not None and n < 1 for n in shape[1:-1]) and 0 not in self.spatial:
+            self.fail(f"a kernel reaching over {self.reach} pixels is larger than the input")
+        check_size(self.op, shape, f"inputs of shape {self.inputs.shape}")
+        return self._multiply(product)
 
-    def transposed(self, filters: int | None, output_padding) -> tf.Tensor:
-        """Returns the transposed convolution, which has `filters` channels."""
-        dynamic = [sizes(self.inputs)[i] for i in self.perm or range(self.rank + 2)]
+    def transposed(self, output_padding) -> tf.Tensor:
+        """Returns the transposed convolution."""
         extra = [None] * self.rank
         if output_padding is not None:
             extra = self._per_dimension("output_padding", output_padding, least=0)
-        out = [dynamic[0]]
-        for i, (n, reach, stride) in enumerate(
-            zip(dynamic[1:-1], self.reach, self.strides, strict=True)
-        ):
-            out.append(self._transposed_size(n, reach, stride, extra[i]))
-        out.append(filters)
+        batch, *spatial, _ = (sizes(self.inputs)[i] for i in self.perm or range(self.rank + 2))
+        shape = [batch]
+        for n, reach, stride, more in zip(spatial, self.reach, self.strides, extra, strict=True):
+            shape.append(self._transposed_size(n, reach, stride, more))
+        shape.append(sizes(self.kernel)[-2])
+        known = tf.TensorShape([n if isinstance(n, int) else None for n in shape])
         attrs = self._attributes(depthwise=False)
-        product = ConvInputGradient(attrs, tf.stack([tf.cast(n, tf.int32) for n in out]))
-        return self._multiply(product, out)
+        check_size(self.op, shape, f"inputs of shape {self.inputs.shape}")
+        product = ConvInputGradient(attrs, Sizes(tf.stack(shape), known))
+        return self._multiply(product)
 
     def _transposed_size(self, n, reach: int, stride: int, extra: int | None):
         """Returns the size of which `n` is the convolved size."""
@@ -164,11 +159,9 @@ class Convolution:
             depthwise=depthwise,
         )
 
-    def _multiply(self, product, out) -> tf.Tensor:
-        check_size(self.op, out, f"inputs of shape {self.inputs.shape}")
+    def _multiply(self, product) -> tf.Tensor:
         inputs, kernel = View(self.inputs, 0, self.perm), View(self.kernel, 1)
         # The transposed convolution is a gradient op, and has its factors the other way round.
         factors = (inputs, kernel) if isinstance(product, Conv) else (kernel, inputs)
         y = multiply(self.op, self.fmt, product, *factors)
-        y = tf.ensure_shape(y, [n if isinstance(n, int) else None for n in out])
         return tf.transpose(y, self.back) if self.back else y

@@ -82,8 +82,8 @@ def first_and_last(model: keras.Model) -> dict[keras.layers.Layer, str]:
     convolutions = [layer for layer in layers if isinstance(layer, _CONVOLUTIONS)]
     denses = [layer for layer in layers if isinstance(layer, keras.layers.Dense)]
     return {
-        **{layer: "first convolution" for layer in convolutions[:1]},
-        **{layer: "last dense layer" for layer in denses[-1:]},
+        **dict.fromkeys(convolutions[:1], "first convolution"),
+        **dict.fromkeys(denses[-1:], "last dense layer"),
     }
 
 

@@ -20,16 +20,10 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-try:
-    import tensorflow as tf
-except ImportError as error:
-    raise ImportError(
-        "keras_dfp needs TensorFlow, which is not installed. Install it with "
-        "`pip install keras-dfp[tensorflow]`, or `keras-dfp[cpu]` for tensorflow-cpu."
-    ) from error
+import tensorflow as tf
 
 from keras_dfp import float32
 
@@ -79,6 +73,13 @@ class Operand(NamedTuple):
     token: tf.Tensor
 
 
+class Sizes(NamedTuple):
+    """The shape of a result where operands do not imply it: a tensor, and what is known of it."""
+
+    tensor: tf.Tensor
+    known: tf.TensorShape
+
+
 def quantize(x, bits: int, rounding: str, tensor_id: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the mantissas and the exponent of `x`.
 
@@ -122,8 +123,8 @@ class Factor:
         return cls(dy, lambda: dy, operand)
 
     @property
-    def sizes(self):
-        return tf.shape(self._like)
+    def sizes(self) -> Sizes:
+        return Sizes(tf.shape(self._like), self._like.shape)
 
     @functools.cached_property
     def float32(self):
@@ -132,6 +133,13 @@ class Factor:
     @functools.cached_property
     def operand(self) -> Operand:
         return self._operand()
+
+
+def _known(y, shape):
+    """Returns y; a graph is told its shape, which C shape functions cannot see in attributes."""
+    if not tf.executing_eagerly():
+        y.set_shape(shape)
+    return y
 
 
 class Product:
@@ -228,7 +236,11 @@ class Matmul(Product):
     output_bits = "dy_bits"
 
     def dfp(self, first, second):
-        return lib.dfp_matmul(*first, *second, **self.attrs)
+        y = lib.dfp_matmul(*first, *second, **self.attrs)
+        rows = first.q.shape[-1 if self.attrs["transpose_a"] else -2]
+        columns = second.q.shape[-2 if self.attrs["transpose_b"] else -1]
+        batch = first.q.shape[:-2].merge_with(second.q.shape[:-2])
+        return _known(y, [*batch, rows, columns])
 
     def float32(self, first, second):
         attrs = self.attrs
@@ -258,7 +270,7 @@ class _Convolution(Product):
     geometry = ("strides", "padding", "explicit_paddings", "dilations", "depthwise")
     names = ("x_bits", "w_bits", "dy_bits", *geometry, *_SHARED)
 
-    def __init__(self, attrs: dict, sizes=None):
+    def __init__(self, attrs: dict, sizes: Sizes | None = None):
         super().__init__(attrs)
         self.sizes = sizes
         self._geometry = {name: attrs[name] for name in self.geometry}
@@ -270,7 +282,27 @@ class Conv(_Convolution):
     output_bits = "dy_bits"
 
     def dfp(self, first, second):
-        return lib.dfp_conv(*first, *second, **self.attrs).y
+        y = lib.dfp_conv(*first, *second, **self.attrs).y
+        return _known(y, self.output_shape(first.q.shape, second.q.shape))
+
+    def output_shape(self, x: Sequence[int | None], w: Sequence[int | None]) -> list[int | None]:
+        """Returns the shape of y for shapes of x and w; None where it is not known."""
+        attrs = self.attrs
+        spatial = []
+        for i, (size, taps) in enumerate(zip(x[1:-1], w[:-2], strict=True)):
+            stride, padding = attrs["strides"][i], attrs["padding"]
+            if size is None or taps is None:
+                spatial.append(None)
+            elif padding == "SAME":
+                spatial.append(-(-size // stride))
+            else:
+                extra = sum(attrs["explicit_paddings"][2 * i : 2 * i + 2])
+                reach = (taps - 1) * attrs["dilations"][i] + 1
+                spatial.append((size + extra - reach) // stride + 1)
+        channels = w[-1]
+        if attrs["depthwise"] and channels is not None:
+            channels = None if w[-2] is None else channels * w[-2]
+        return [x[0], *spatial, channels]
 
     def float32(self, first, second):
         return float32.conv(first, second, **self._geometry)
@@ -292,10 +324,11 @@ class ConvInputGradient(_Convolution):
     output_bits = "x_bits"
 
     def dfp(self, first, second):
-        return lib.dfp_conv_backprop_input(self.sizes, *first, *second, **self.attrs)
+        y = lib.dfp_conv_backprop_input(self.sizes.tensor, *first, *second, **self.attrs)
+        return _known(y, self.sizes.known)
 
     def float32(self, first, second):
-        return float32.conv_input_gradient(self.sizes, first, second, **self._geometry)
+        return float32.conv_input_gradient(self.sizes.tensor, first, second, **self._geometry)
 
     def _backward(self, first, second, dy):
         return (
@@ -310,10 +343,11 @@ class ConvFilterGradient(_Convolution):
     output_bits = "w_bits"
 
     def dfp(self, first, second):
-        return lib.dfp_conv_backprop_filter(*first, self.sizes, *second, **self.attrs)
+        y = lib.dfp_conv_backprop_filter(*first, self.sizes.tensor, *second, **self.attrs)
+        return _known(y, self.sizes.known)
 
     def float32(self, first, second):
-        return float32.conv_filter_gradient(first, self.sizes, second, **self._geometry)
+        return float32.conv_filter_gradient(first, self.sizes.tensor, second, **self._geometry)
 
     def _backward(self, first, second, dy):
         return (

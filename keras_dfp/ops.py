@@ -104,18 +104,17 @@ _OPS: dict[str, Callable] = {}
 
 
 def _op(function):
-    """Lets an op take Keras's symbolic tensors."""
+    """Lets an op take Keras's symbolic tensors, and keeps AutoGraph from rewriting it."""
     name = function.__name__
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        leaves = [x for x in (*args, *kwargs.values()) if isinstance(x, keras.KerasTensor)]
-        if leaves:
+        if any(isinstance(x, keras.KerasTensor) for x in (*args, *kwargs.values())):
             return DFPOperation(name, dataclasses.asdict(current_format()))(*args, **kwargs)
         return function(*args, **kwargs)
 
-    _OPS[name] = wrapper
-    return wrapper
+    _OPS[name] = tf.autograph.experimental.do_not_convert(wrapper)
+    return _OPS[name]
 
 
 # ---- convolutions --------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def conv(inputs, kernel, strides=1, padding="valid", data_format=None, dilation_
                 f"the input's {channels} channels must be a multiple of the kernel's {per_group}, "
                 f"and its {filters} filters a multiple of the number of groups"
             )
-    return args.convolve(filters, depthwise=False)
+    return args.convolve(depthwise=False)
 
 
 @_op
@@ -181,11 +180,10 @@ def depthwise_conv(inputs, kernel, strides=1, padding="valid", data_format=None,
     """
     given = (inputs, kernel, strides, padding, data_format, dilation_rate)
     args = Convolution("depthwise_conv", current_format(), *given, most=2)
-    channels, multiplier = args.kernel.shape[-2:]
+    channels = args.kernel.shape[-2]
     if None not in (args.channels, channels) and args.channels != channels:
         args.fail(f"the input has {args.channels} channels, the kernel {channels}")
-    known = None not in (channels, multiplier)
-    return args.convolve(channels * multiplier if known else None, depthwise=True)
+    return args.convolve(depthwise=True)
 
 
 @_op
@@ -262,10 +260,10 @@ def conv_transpose(
     """
     given = (inputs, kernel, strides, padding, data_format, dilation_rate)
     args = Convolution("conv_transpose", current_format(), *given)
-    filters, channels = args.kernel.shape[-2:]
+    channels = args.kernel.shape[-1]
     if None not in (args.channels, channels) and args.channels != channels:
         args.fail(f"the input has {args.channels} channels, the kernel takes {channels}")
-    return args.transposed(filters, output_padding)
+    return args.transposed(output_padding)
 
 
 # ---- contractions --------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Report:
             lines.append(
                 (row["path"], row["layer"], operations, _runs_on(row["format"]), row["reason"])
             )
-        widths = [max(map(len, column)) for column in zip(*lines)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         table.insert(1, "  ".join("-" * width for width in widths))
         integers = len([row for row in self.rows if row["format"] is not None])
@@ -80,7 +80,9 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
     >>> print(keras_dfp.describe(model))
     """
     if not installed():
-        raise RuntimeError("describe: the plugin is not installed; call keras_dfp.backend.install().")
+        raise RuntimeError(
+            "describe: the plugin is not installed; call keras_dfp.backend.install()."
+        )
     inputs = _symbolic_inputs(model, inputs, input_shape)
     with recording.record() as products:
         try:
@@ -98,7 +100,7 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
         if id(layer) not in multiplying and not layer._layers
     )
     others.pop("InputLayer", None)
-    return Report(rows=_rows(model, products), others=dict(others), kernels=native.isa())
+    return Report(rows=_rows(model, products), others=dict(others), kernels=native.extension.isa())
 
 
 def _symbolic_inputs(model, inputs, input_shape):

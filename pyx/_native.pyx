@@ -16,6 +16,7 @@ from the machine up:
 """
 
 import os
+import time
 
 from cython.parallel cimport parallel, prange
 from libc.math cimport INFINITY, NAN, floor, ldexp

@@ -22,7 +22,7 @@ cdef extern from "microkernels/table.h" nogil:
         double scale
     ctypedef struct dfp_kernel:
         const char* isa
-        int mr, nr, macs_per_cycle
+        int mr, nr
         void (*exact)(const dfp_tile*) noexcept nogil
         void (*spill)(const dfp_tile*) noexcept nogil
         uint32_t (*absmax_bits)(const float*, int64_t) noexcept nogil
@@ -30,6 +30,7 @@ cdef extern from "microkernels/table.h" nogil:
         void (*interleave)(const int16_t*, const int16_t*, int64_t, int, int64_t,
                            int16_t*) noexcept nogil
         void (*depthwise)(const dfp_terms*) noexcept nogil
+        int64_t (*peak)(int64_t) noexcept nogil
     ctypedef struct dfp_isa:
         const char* name
         const dfp_kernel* kernel
@@ -96,9 +97,16 @@ def set_isa(name):
         )
 
 
-def macs_per_cycle():
-    """Returns how many int16 products a core can start per cycle with the kernels in use."""
-    return kernel.macs_per_cycle
+def peak():
+    """Returns the products per second of one core that does nothing but multiply-accumulate with
+    the instruction set in use: the best of ten runs, the roof of every kernel."""
+    cdef int64_t products, rounds = 100000
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        products = kernel.peak(rounds)
+        best = max(best, products / (time.perf_counter() - start))
+    return best
 
 
 def set_threads(int n):

@@ -10,7 +10,8 @@
 
 cdef enum:
     CACHED = 393216         # bytes of A (or of B) a task keeps in the second-level cache
-    LONG_K = 8192           # K beyond this is cut into blocks
+    LONG_K = 8192           # K beyond this is cut into blocks,
+    LONG_COLUMNS = 1024     # where A is transposed in packing: long runs of its rows pack fast,
     BLOCK_K = 512           # of this length,
     BLOCK_MN = 256          # for tasks of this many rows and columns
     SMALL = 200000          # products below which a parallel region costs more than it saves
@@ -72,17 +73,16 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
 
     g.chain = limit // 2 * 2
     g.segment = g.k
-    g.kb = g.k if g.k <= LONG_K else BLOCK_K
+    g.kb = g.k
+    if g.k > (LONG_COLUMNS if g.a.kind == COLUMNS or g.a.kind == PATCHES_T else LONG_K):
+        g.kb = BLOCK_K
     if g.spill:
         plan_spill(g, limit)
     if g.wide:
         g.kb = min(g.kb, g.narrow_k)
     g.carry = g.kb < g.k
 
-    if g.k <= LONG_K or g.kb > LONG_K:
-        g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
-    else:
-        g.mb = BLOCK_MN
+    g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
     g.mb = min(g.mb, round_up(max(g.m, <int64_t>1), mr))
     g.m_blocks = (g.m + g.mb - 1) // g.mb
     g.packed_b = not g.carry and g.m_blocks > 2

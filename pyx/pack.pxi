@@ -82,14 +82,20 @@ cdef inline int64_t scatter_row(Scatter* s, int64_t row) noexcept nogil:
 
 
 cdef inline void copy_s16(int16_t* to, const int16_t* source, int64_t n) noexcept nogil:
-    """memcpy without the call: most copies are one pixel's channels."""
+    """memcpy without the call: most copies are one pixel's channels. The last vector overlaps."""
     cdef int64_t i = 0
-    while i + 16 <= n:
-        memcpy(to + i, source + i, 32)
-        i += 16
-    while i < n:
-        to[i] = source[i]
-        i += 1
+    if n >= 16:
+        while i + 16 <= n:
+            memcpy(to + i, source + i, 32)
+            i += 16
+        memcpy(to + n - 16, source + n - 16, 32)
+    elif n >= 8:
+        memcpy(to, source, 16)
+        memcpy(to + n - 8, source + n - 8, 16)
+    else:
+        while i < n:
+            to[i] = source[i]
+            i += 1
 
 
 cdef inline void zero_s16(int16_t* to, int64_t n) noexcept nogil:
@@ -163,6 +169,64 @@ cdef void gather(const Window* v, const int16_t* image, int64_t position, int64_
                 td += 1
 
 
+cdef void pack_patches_t(const Window* v, const int16_t* image, int64_t m0, int64_t mc, int64_t k0,
+                         int64_t kc, int64_t panel, int16_t* to) noexcept nogil:
+    """Elements m0 .. m0 + mc of the window's axis at positions k0 .. k0 + kc, in panels; a tap's
+    channels fill whole panels, so they are interleaved straight from the image."""
+    cdef int64_t mr = kernel.mr, j = m0, c, n, tap, pair, i, k, w, h, d, item
+    cdef int64_t tw, th, td
+    cdef const int16_t* rows[2]
+    while j < m0 + mc:
+        tap, c = j // v.padded, j % v.padded
+        n = min(m0 + mc - j, v.channels - c)
+        tw = tap % v.taps[2] * v.tap_step[2] + v.offset[2]
+        th = tap // v.taps[2] % v.taps[1] * v.tap_step[1] + v.offset[1]
+        td = tap // v.taps[2] // v.taps[1] * v.tap_step[0] + v.offset[0]
+        # The position k0, and from there on one by one.
+        w = k0 % v.positions[2]
+        h = k0 // v.positions[2] % v.positions[1]
+        item = k0 // v.positions[2] // v.positions[1]
+        d, item = item % v.positions[0], item // v.positions[0]
+        for pair in range((kc + 1) // 2):
+            for i in range(2):
+                rows[i] = NULL
+                if 2 * pair + i < kc:
+                    rows[i] = pixel_or_null(v, image, item, d * v.step[0] + td,
+                                            h * v.step[1] + th, w * v.step[2] + tw)
+                    w += 1
+                    if w == v.positions[2]:
+                        w, h = 0, h + 1
+                        if h == v.positions[1]:
+                            h, d = 0, d + 1
+                            if d == v.positions[0]:
+                                d, item = 0, item + 1
+            interleave_or_zero(rows[0], rows[1], c, n, mr, panel, to + (j - m0) // mr * panel
+                               + pair * 2 * mr)
+        j += n
+
+
+cdef inline const int16_t* pixel_or_null(const Window* v, const int16_t* image, int64_t item,
+                                         int64_t d, int64_t h, int64_t w) noexcept nogil:
+    if not (0 <= d < v.size[0] and 0 <= h < v.size[1] and 0 <= w < v.size[2]):
+        return NULL
+    return image + (((item * v.size[0] + d) * v.size[1] + h) * v.size[2] + w) * v.pixel
+
+
+cdef inline void interleave_or_zero(const int16_t* p, const int16_t* q, int64_t c, int64_t n,
+                                    int64_t mr, int64_t panel, int16_t* to) noexcept nogil:
+    """interleave, where a missing pixel is zeros."""
+    cdef int64_t i = 0
+    if p != NULL and q != NULL:
+        kernel.interleave(p + c, q + c, n, <int>mr, panel, to)
+        return
+    while i < n:
+        # Panel by panel: the row of zeros is short.
+        kernel.interleave(p + c + i if p != NULL else zero_row, q + c + i if q != NULL else zero_row,
+                          min(mr, n - i), <int>mr, 0, to)
+        to += panel
+        i += mr
+
+
 cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
                  int16_t* to, ABlock* block) noexcept nogil:
     """Makes rows m0 .. m0 + mc and products k0 .. k0 + kc of A readable for the microkernel."""
@@ -186,6 +250,9 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
         stride = round_up(mc, mr)
         even = to + stride * pairs * 2
         odd = even + stride
+        if s.kind == PATCHES_T and s.window.channels % mr == 0:
+            pack_patches_t(&s.window, data, m0, mc, k0, kc, block.tile_stride, to)
+            return
         for i in range(0, 2 * pairs, 2):
             if s.kind == COLUMNS:
                 kernel.interleave(data + (k0 + i) * s.ld + m0,
@@ -226,6 +293,11 @@ cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, 
             p = p + n0 if p != NULL else zero_row
             q = q + n0 if q != NULL else zero_row
             kernel.interleave(p, q, nc, <int>nr, 0, to + k * nr * 2)
+        elif q == p + 1 and nc == nr:
+            # Pairs lie side by side: copy them as one.
+            p += n0 * s.n_stride
+            for i in range(nr):
+                memcpy(to + (k * nr + i) * 2, p + i * s.n_stride, 4)
         else:
             for i in range(nr):
                 n = (n0 + i) * s.n_stride

@@ -139,7 +139,9 @@ def test_layers_run_on_integers_forward_and_backward(kind):
     graph_outputs, graph_gradients = tf.function(lambda: loss_and_gradients(layer, inputs))()
     np.testing.assert_allclose(graph_outputs, outputs, atol=1e-6)
     for gradient, expected in zip(graph_gradients, gradients, strict=True):
-        np.testing.assert_allclose(gradient, expected, atol=1e-3 * max(np.max(np.abs(expected)), 0.1))
+        np.testing.assert_allclose(
+            gradient, expected, atol=1e-3 * max(np.max(np.abs(expected)), 0.1)
+        )
 
 
 def decisions(layer, *args, **kwargs):
@@ -159,13 +161,18 @@ def test_the_innermost_layer_decides():
 
 
 def test_optimizers_multiply_in_float32():
-    with keras_dfp.policy_scope("dfp16"):
-        model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
-        optimizer = keras.optimizers.Muon(0.01)
-        optimizer.build(model.trainable_variables)
-        with recording.record() as products:
-            optimizer.apply([tf.ones_like(v.value) for v in model.trainable_variables])
-    assert products and not any(p.decision.format for p in products)
+    class Multiplying(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            gradient = keras.ops.matmul(gradient, keras.ops.eye(4))
+            super().update_step(gradient, variable, learning_rate)
+
+    layer = layers.Dense(4, use_bias=False, dtype="dfp16")
+    layer.build((None, 4))
+    optimizer = Multiplying(0.01)
+    optimizer.build(layer.trainable_variables)
+    with keras_dfp.policy_scope("dfp16"), recording.record() as products:
+        optimizer.apply([tf.ones((4, 4))])
+    assert [p.decision.format for p in products] == [None]
 
 
 # ------------------------------------------------------------------------- what stays float32
@@ -289,17 +296,6 @@ def test_an_unknown_keras_fails_loudly_and_installs_nothing(monkeypatch):
         backend.install()
 
 
-def test_another_backend_fails_loudly(monkeypatch):
-    backend.uninstall()
-    try:
-        monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-        with pytest.raises(RuntimeError, match="Keras runs on 'jax'. Set KERAS_BACKEND"):
-            backend.install()
-    finally:
-        monkeypatch.undo()
-        backend.install()
-
-
 # --------------------------------------------------------------------------------------- XLA
 
 
@@ -309,7 +305,7 @@ def test_jit_compile_falls_back_with_one_warning():
         model.compile("sgd", "mse", jit_compile=True)
         model.fit(vector, vector[:, :2], verbose=0)
         model.predict(vector, verbose=0)
-    assert len(caught) == 1
+    assert len([w for w in caught if "jit_compile" in str(w.message)]) == 1
     assert not model.jit_compile
 
 
@@ -320,7 +316,7 @@ def test_jit_compile_falls_back_when_the_policy_comes_later():
     with pytest.warns(UserWarning, match="jit_compile") as caught:
         keras_dfp.set_model_policy(model, "dfp16")
         model.fit(vector, vector[:, :2], verbose=0)
-    assert len(caught) == 1
+    assert len([w for w in caught if "jit_compile" in str(w.message)]) == 1
 
 
 def test_jit_compile_is_left_alone_in_float32():

@@ -225,7 +225,7 @@ def test_patterns_of_an_unbuilt_model_are_checked_once_it_is_built():
     with pytest.warns(UserWarning, match="matches 'fc'") as caught:
         model.fit(x, x[:, :1], epochs=2, verbose=0)
         model.evaluate(x, x[:, :1], verbose=0)
-    assert len(caught) == 1
+    assert len([w for w in caught if "matches 'fc'" in str(w.message)]) == 1
 
 
 # ------------------------------------------------------------------------- one layer's policy
@@ -263,8 +263,9 @@ def test_a_saved_model_keeps_its_policy_under_any_global_policy(tmp_path):
     model = small_cnn(dtype=DFPPolicy(mantissa_bits=9, exclude=["head"]))
     restored = save_and_load(model, tmp_path)
     assert formats(restored) == formats(model)
-    np.testing.assert_array_equal(restored.predict(images(), verbose=0),
-                                  model.predict(images(), verbose=0))
+    np.testing.assert_array_equal(
+        restored.predict(images(), verbose=0), model.predict(images(), verbose=0)
+    )
 
 
 def composite():

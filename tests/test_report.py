@@ -76,7 +76,12 @@ def test_rows():
 def test_the_table():
     with keras_dfp.policy_scope("dfp16"):
         model = keras.Sequential(
-            [keras.Input((4,)), layers.Dense(2, name="a"), layers.Dense(2, name="b"), layers.ReLU()],
+            [
+                keras.Input((4,)),
+                layers.Dense(2, name="a"),
+                layers.Dense(2, name="b"),
+                layers.ReLU(),
+            ],
             name="net",
         )
     model.get_layer("b").dtype_policy = "float32"

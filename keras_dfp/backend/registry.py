@@ -39,7 +39,8 @@ class Replacement:
             return
         found = tuple(inspect.signature(original).parameters)
         if len(found) != len(self.parameters) or any(
-            expected not in ("*", name) for expected, name in zip(self.parameters, found)
+            expected not in ("*", name)
+            for expected, name in zip(self.parameters, found, strict=True)
         ):
             raise self._unknown_keras(
                 f"its parameters are ({', '.join(found)}), not ({', '.join(self.parameters)})"
@@ -71,16 +72,11 @@ def install() -> None:
     """Puts every replacement of the registry in place; does nothing if it is already there.
 
     Raises:
-        RuntimeError: If Keras runs on another backend than TensorFlow, or is a Keras whose
-            functions do not look as expected. Nothing is replaced then.
+        RuntimeError: If a function of this Keras does not look as expected. Nothing is replaced
+            then.
     """
     if installed():
         return
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(
-            "keras_dfp needs Keras's TensorFlow backend; Keras runs on "
-            f"{keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before importing keras."
-        )
     for replacement in REGISTRY:
         replacement.check()
     for replacement in REGISTRY:

@@ -135,7 +135,7 @@ def table(runs: list[Run]) -> str:
     ]
     for run in runs:
         loss, accuracy = run.history["loss"][-1], run.history["val_accuracy"][-1]
-        kernel = keras_dfp.info()["kernel"] if run.policy.startswith("dfp") else "TensorFlow"
+        kernel = keras_dfp.info()["isa"] if run.policy.startswith("dfp") else "TensorFlow"
         lines.append(
             f"{run.policy:15}{len(run.history['loss']):6}{loss:12.4f}{accuracy:15.2%}"
             f"{run.seconds:9.1f}  {kernel}"

@@ -5,6 +5,7 @@
 #define LANES 8
 #define VI __m256i
 #define VF __m256
+#define V_REGISTER "x"
 #define V_ZERO() _mm256_setzero_si256()
 #define V_LOAD(p) _mm256_load_si256((const __m256i *)(p))
 #define V_LOADU(p) _mm256_loadu_si256((const __m256i *)(p))

@@ -5,6 +5,7 @@
 #define LANES 16
 #define VI __m512i
 #define VF __m512
+#define V_REGISTER "v"
 #define V_ZERO() _mm512_setzero_si512()
 #define V_LOAD(p) _mm512_load_si512((const void *)(p))
 #define V_LOADU(p) _mm512_loadu_si512((const void *)(p))

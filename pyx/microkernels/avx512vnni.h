@@ -3,7 +3,7 @@
 #define ISA avx512vnni
 #define ISA_NAME "avx512vnni"
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
-#define MACS_PER_CYCLE 64
 #include "avx512.inc.h"
-#define V_DOT(acc, a, b) _mm512_dpwssd_epi32(acc, a, b)
+/* Assembly, because gcc 12 copies every accumulator twice a round around the intrinsic. */
+#define V_DOT(acc, a, b) __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b))
 #include "gemm_tile.h"

@@ -5,12 +5,12 @@
  *   TARGET            __attribute__((target(...))) or nothing
  *   MR, NV            rows of the tile, vectors per row
  *   LANES             int32 lanes of a vector
- *   MACS_PER_CYCLE    int16 products a core can start per cycle
+ *   V_REGISTER        the constraint of inline assembly for a vector register
  *   VI, VF            the integer and the float vector types
  *   V_ZERO()          all zero
  *   V_LOAD(p)         aligned load, V_LOADU(p) and V_STOREU(p, v) unaligned
  *   V_PAIR(p)         the two int16 at p in every lane
- *   V_DOT(acc, a, b)  acc + a.even * b.even + a.odd * b.odd, per int32 lane
+ *   V_DOT(acc, a, b)  acc += a.even * b.even + a.odd * b.odd, per int32 lane
  *   V_ADD, V_AND, V_SET1, V_SRA(v, n), V_SLL(v, n), V_OR   on int32 lanes
  *   F_FROM(v)         int32 to float, nearest-even
  *   F_ADD, F_MUL, F_FMA(a, b, c), F_SET1, F_STOREU(p, f), F_LOADU(p), F_ZERO()
@@ -33,7 +33,7 @@
         UNROLL for (int i = 0; i < MR; i++) {                                    \
             const VI av = V_PAIR(a[i] + at);                                     \
             UNROLL for (int j = 0; j < NV; j++)                                  \
-                acc[i][j] = V_DOT(acc[i][j], av, bv[j]);                         \
+                V_DOT(acc[i][j], av, bv[j]);                                     \
         }                                                                        \
         b += 2 * NR;                                                             \
         at += t->pair_stride;                                                    \
@@ -109,11 +109,23 @@ TARGET static void DFP_CAT(gemm_s16_spill__, ISA)(const dfp_tile *t) {
         F_STOREU(out + i * ld + j * LANES, F_MUL(sum[i][j], scale));
 }
 
+TARGET static int64_t DFP_CAT(peak_s16__, ISA)(int64_t rounds) {
+    VI acc[12];
+    const VI one = V_SET1(65537);
+    UNROLL for (int i = 0; i < 12; i++) acc[i] = V_ZERO();
+    for (int64_t r = 0; r < rounds; r++)
+        UNROLL for (int i = 0; i < 12; i++) {
+            V_DOT(acc[i], one, one);
+            __asm__ __volatile__("" : "+" V_REGISTER(acc[i]));
+        }
+    return rounds * 12 * 2 * LANES;
+}
+
 static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
-    ISA_NAME, MR, NR, MACS_PER_CYCLE,
+    ISA_NAME, MR, NR,
     DFP_CAT(gemm_s16_exact__, ISA), DFP_CAT(gemm_s16_spill__, ISA),
     DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),
-    DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_s16__, ISA),
+    DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_s16__, ISA), DFP_CAT(peak_s16__, ISA),
 };
 
 #undef NR
@@ -126,7 +138,7 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
 #undef MR
 #undef NV
 #undef LANES
-#undef MACS_PER_CYCLE
+#undef V_REGISTER
 #undef VI
 #undef VF
 #undef V_ZERO

@@ -61,7 +61,6 @@ typedef struct {
 typedef struct {
     const char *isa;
     int mr, nr;
-    int macs_per_cycle; /* int16 products a core can start per cycle: the roof */
     void (*exact)(const dfp_tile *);
     void (*spill)(const dfp_tile *);
     /* The largest bit pattern of |x[i]|: at least 0x7f800000 if there is a NaN or an Inf. */
@@ -75,6 +74,8 @@ typedef struct {
     void (*interleave)(const int16_t *p, const int16_t *q, int64_t n, int mr, int64_t panel,
                        int16_t *out);
     void (*depthwise)(const dfp_terms *);
+    /* Does nothing but multiply-accumulate, on registers; returns how many products. */
+    int64_t (*peak)(int64_t rounds);
 } dfp_kernel;
 
 #define DFP_MAX_TILE 512 /* mr * nr of the largest tile */

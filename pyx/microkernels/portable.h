@@ -64,11 +64,21 @@ static void gemm_s16_spill__portable(const dfp_tile *t) {
         for (int j = 0; j < PORTABLE_NR; j++) t->c[i * t->ldc + j] = sum[i][j] * t->scale;
 }
 
+/* Without a vector instruction to count, the tile itself is the roof. */
+static int64_t peak_s16__portable(int64_t rounds) {
+    static const int16_t ones[2 * 128 * PORTABLE_NR] = {1};
+    int32_t sums[2 * PORTABLE_MR * PORTABLE_NR];
+    const dfp_tile t = {.a = ones, .row_stride = 256, .pair_stride = 2, .rows = PORTABLE_MR,
+                        .b = ones, .pairs = 128, .segment = 128, .chain = 16, .acc = sums};
+    for (int64_t r = 0; r < rounds; r += 100) gemm_s16_exact__portable(&t);
+    return (rounds + 99) / 100 * 256 * PORTABLE_MR * PORTABLE_NR;
+}
+
 static const dfp_kernel dfp_kernel__portable = {
-    "portable", PORTABLE_MR, PORTABLE_NR, 4,
+    "portable", PORTABLE_MR, PORTABLE_NR,
     gemm_s16_exact__portable, gemm_s16_spill__portable,
     absmax_bits__portable, quantize_f32_s16__portable,
-    interleave_s16__portable, depthwise_s16__portable,
+    interleave_s16__portable, depthwise_s16__portable, peak_s16__portable,
 };
 
 #undef ISA

@@ -1,0 +1,876 @@
+"""The public products: every bit against the reference, in every mode TensorFlow runs them in."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_dfp import contraction, convolution, native, ops, product, reference
+from keras_dfp.number import DFPFormat
+
+FORWARD_ONLY = DFPFormat(products=("forward",))
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def same_bits(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.float32
+    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
+
+
+def run(function, *arrays, fmt=None, dy=None):
+    """Returns the result of an op, a gradient `dy` for it, and the gradients of its arguments."""
+    tensors = [tf.constant(x) for x in arrays]
+    with ops.format_scope(fmt or DFPFormat()), tf.GradientTape() as tape:
+        tape.watch(tensors)
+        y = function(*tensors)
+    if dy is None:
+        dy = random(*y.shape, seed=99)
+    return y, dy, tape.gradient(y, tensors, output_gradients=tf.constant(dy))
+
+
+def quantized(x, fmt):
+    return reference.quantize(x, fmt.mantissa_bits, fmt.rounding)
+
+
+def channels_first(x):
+    return np.moveaxis(x, -1, 1)
+
+
+FORMATS = [
+    DFPFormat(),
+    DFPFormat(accumulation="spill"),
+    DFPFormat(mantissa_bits=16, accumulation="spill"),
+    DFPFormat(mantissa_bits=9, rounding="truncate"),
+]
+
+# Input and kernel (without groups: channels in = kernel's channels), and the arguments.
+CONVOLUTIONS = [
+    ((2, 9, 3), (3, 3, 5), {}),
+    ((2, 9, 4), (4, 2, 6), {"padding": "same", "strides": 2}),
+    ((2, 7, 6, 35), (3, 2, 35, 5), {"padding": "same"}),
+    ((2, 7, 6, 3), (3, 3, 3, 4), {"strides": (2, 1)}),
+    ((1, 9, 8, 4), (3, 2, 2, 6), {"dilation_rate": (2, 3), "padding": "same"}),
+    ((2, 4, 5, 6, 2), (2, 3, 2, 2, 3), {"padding": "same", "strides": (2, 1, 2)}),
+]
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize(("x_shape", "w_shape", "arguments"), CONVOLUTIONS)
+def test_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_format):
+    x, w = random(*x_shape), random(*w_shape, seed=1)
+    first = data_format == "channels_first"
+    layout = channels_first if first else np.asarray
+    y, dy, (dx, dw) = run(
+        lambda x, w: ops.conv(x, w, data_format=data_format, **arguments), layout(x), w, fmt=fmt
+    )
+
+    bits = fmt.mantissa_bits
+    geometry = {
+        "strides": arguments.get("strides", 1),
+        "padding": arguments.get("padding", "valid"),
+        "dilations": arguments.get("dilation_rate", 1),
+        "accumulation": fmt.accumulation,
+    }
+    qx, qw = quantized(x, fmt), quantized(w, fmt)
+    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt)
+    same_bits(y, layout(reference.conv(*qx, *qw, x_bits=bits, w_bits=bits, **geometry)))
+    expected = reference.conv_input_gradient(
+        *qdy, *qw, x_shape, dy_bits=bits, w_bits=bits, **geometry
+    )
+    same_bits(dx, layout(expected))
+    same_bits(
+        dw,
+        reference.conv_weight_gradient(*qx, *qdy, w_shape, x_bits=bits, dy_bits=bits, **geometry),
+    )
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("fmt", FORMATS[:2], ids=repr)
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "arguments"),
+    [
+        ((2, 9, 3), (3, 3, 2), {"strides": 2}),
+        ((2, 7, 6, 5), (3, 3, 5, 1), {"padding": "same", "strides": (1, 2)}),
+        ((2, 9, 8, 2), (3, 2, 2, 3), {"dilation_rate": 2, "strides": 2, "padding": "same"}),
+    ],
+)
+def test_depthwise_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_format):
+    x, w = random(*x_shape), random(*w_shape, seed=1)
+    first = data_format == "channels_first"
+    layout = channels_first if first else np.asarray
+    y, dy, (dx, dw) = run(
+        lambda x, w: ops.depthwise_conv(x, w, data_format=data_format, **arguments),
+        layout(x),
+        w,
+        fmt=fmt,
+    )
+
+    geometry = {
+        "strides": arguments.get("strides", 1),
+        "padding": arguments.get("padding", "valid"),
+        "dilations": arguments.get("dilation_rate", 1),
+        "accumulation": fmt.accumulation,
+    }
+    qx, qw = quantized(x, fmt), quantized(w, fmt)
+    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt)
+    same_bits(y, layout(reference.depthwise_conv(*qx, *qw, **geometry)))
+    same_bits(dx, layout(reference.depthwise_conv_input_gradient(*qdy, *qw, x_shape, **geometry)))
+    same_bits(dw, reference.depthwise_conv_weight_gradient(*qx, *qdy, w_shape, **geometry))
+
+
+def test_separable_conv_quantises_between_its_two_convolutions():
+    x, d, p = random(2, 7, 6, 3), random(3, 3, 3, 2, seed=1), random(1, 1, 6, 4, seed=2)
+    fmt = DFPFormat()
+    y, dy, (dx, dd, dp) = run(lambda x, d, p: ops.separable_conv(x, d, p, padding="same"), x, d, p)
+
+    qx, qd, qp, qdy = (quantized(v, fmt) for v in (x, d, p, dy))
+    qm = quantized(reference.depthwise_conv(*qx, *qd, padding="same"), fmt)
+    same_bits(y, reference.conv(*qm, *qp))
+    same_bits(dp, reference.conv_weight_gradient(*qm, *qdy, p.shape))
+    dm = reference.conv_input_gradient(*qdy, *qp, (2, 7, 6, 6))
+    qdm = quantized(dm, fmt)
+    same_bits(dx, reference.depthwise_conv_input_gradient(*qdm, *qd, x.shape, padding="same"))
+    same_bits(dd, reference.depthwise_conv_weight_gradient(*qx, *qdm, d.shape, padding="same"))
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("fmt", FORMATS[:2], ids=repr)
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "arguments"),
+    [
+        ((2, 5, 3), (3, 4, 3), {"strides": 2, "output_padding": 1}),
+        ((2, 4, 5, 3), (3, 2, 4, 3), {"strides": 2, "padding": "same"}),
+        ((2, 4, 5, 3), (1, 2, 2, 3), {"strides": (3, 2)}),
+        ((2, 4, 3, 3), (3, 3, 2, 3), {"strides": 2, "dilation_rate": 2}),
+        ((1, 3, 2, 4, 2), (2, 3, 3, 5, 2), {"padding": "same", "strides": (1, 2, 1)}),
+    ],
+)
+def test_conv_transpose_is_the_gradient_of_a_convolution(
+    x_shape, w_shape, arguments, fmt, data_format
+):
+    x, w = random(*x_shape), random(*w_shape, seed=1)
+    first = data_format == "channels_first"
+    layout = channels_first if first else np.asarray
+    y, dy, (dx, dw) = run(
+        lambda x, w: ops.conv_transpose(x, w, data_format=data_format, **arguments),
+        layout(x),
+        w,
+        fmt=fmt,
+    )
+    stock = keras.ops.conv_transpose(x, w, data_format="channels_last", **arguments)
+    assert y.shape == layout(stock).shape
+
+    geometry = {
+        "strides": arguments.get("strides", 1),
+        "padding": arguments.get("padding", "valid"),
+        "dilations": arguments.get("dilation_rate", 1),
+        "accumulation": fmt.accumulation,
+    }
+    qx, qw = quantized(x, fmt), quantized(w, fmt)
+    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt)
+    same_bits(y, layout(reference.conv_input_gradient(*qx, *qw, stock.shape, **geometry)))
+    same_bits(dx, layout(reference.conv(*qdy, *qw, **geometry)))
+    same_bits(dw, reference.conv_weight_gradient(*qdy, *qx, w_shape, **geometry))
+
+
+# ---- contractions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+def test_matmul_is_the_reference(fmt):
+    a, b = random(7, 70), random(70, 5, seed=1)
+    bits, accumulation = fmt.mantissa_bits, fmt.accumulation
+    y, dy, (da, db) = run(ops.matmul, a, b, fmt=fmt)
+    (qa, ea), (qb, eb), (qdy, edy) = (quantized(v, fmt) for v in (a, b, dy))
+
+    def expected(*operands):
+        return reference.matmul(*operands, a_bits=bits, b_bits=bits, accumulation=accumulation)
+
+    same_bits(y, expected(qa, ea, qb, eb))
+    same_bits(da, expected(qdy, edy, qb.T, eb))
+    same_bits(db, expected(qa.T, ea, qdy, edy))
+
+
+MATMUL_SHAPES = [
+    ((3,), (3,)),
+    ((3,), (3, 4)),
+    ((2, 3), (3,)),
+    ((5, 2, 3), (3, 4)),
+    ((6, 5, 2, 3), (3,)),
+    ((3,), (5, 3, 4)),
+    ((2, 3), (5, 3, 4)),
+    ((5, 2, 3), (5, 3, 4)),
+    ((1, 2, 3), (5, 3, 4)),
+    ((5, 2, 3), (1, 3, 4)),
+    ((6, 1, 2, 3), (5, 3, 4)),
+    ((1, 5, 2, 3), (6, 1, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("a_shape", "b_shape"), MATMUL_SHAPES)
+def test_matmul_broadcasts_like_numpy_and_sums_gradients_exactly(a_shape, b_shape):
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    y, dy, (da, db) = run(ops.matmul, a, b)
+    (qa, ea), (qb, eb), (qdy, edy) = (quantized(v, DFPFormat()) for v in (a, b, dy))
+    same_bits(y, reference.round_scaled(np.matmul(qa.astype(np.int64), qb), ea + eb))
+
+    # The gradients of the integer product are integer sums, also along the axes broadcast over.
+    with tf.GradientTape() as tape:
+        fa, fb = tf.constant(qa, tf.float64), tf.constant(qb, tf.float64)
+        tape.watch([fa, fb])
+        exact = tf.numpy_function(np.matmul, [fa, fb], tf.float64)
+        exact = keras.ops.matmul(fa, fb)
+    sums = tape.gradient(exact, [fa, fb], output_gradients=tf.constant(qdy, tf.float64))
+    same_bits(da, reference.round_scaled(sums[0].numpy().astype(np.int64), edy + eb))
+    same_bits(db, reference.round_scaled(sums[1].numpy().astype(np.int64), edy + ea))
+
+
+def test_a_matrix_times_many_is_one_gemm():
+    graph = traced(ops.matmul, [4, 5, 6, 7], [7, 8])
+    assert [node.shape.rank for node in outputs(graph, "DfpMatmul")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("a_shape", "b_shape"),
+    [((2, 3), (3, 4)), ((5, 2, 3), (6, 3, 4)), ((2, 3), (3,)), ((3,), ()), ((), ())],
+)
+def test_dot(a_shape, b_shape):
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    (qa, ea), (qb, eb) = quantized(a, DFPFormat()), quantized(b, DFPFormat())
+    sums = np.asarray(np.dot(qa.astype(np.int64), qb.astype(np.int64)))
+    same_bits(ops.dot(a, b), reference.round_scaled(sums, ea + eb))
+
+
+@pytest.mark.parametrize(
+    ("a_shape", "b_shape", "axes"),
+    [
+        ((2, 3), (3, 4), 1),
+        ((2, 3, 4), (3, 4, 5), 2),
+        ((2, 3), (4,), 0),
+        ((2, 3, 4), (4, 3, 5), [[2, 1], [0, 1]]),
+        ((2, 3, 4), (4, 3, 5), (-1, 0)),
+    ],
+)
+def test_tensordot(a_shape, b_shape, axes):
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    (qa, ea), (qb, eb) = quantized(a, DFPFormat()), quantized(b, DFPFormat())
+    sums = np.tensordot(qa.astype(np.int64), qb.astype(np.int64), axes)
+    same_bits(ops.tensordot(a, b, axes), reference.round_scaled(sums, ea + eb))
+
+
+def test_spilled_sums_follow_the_contracted_axes_of_the_first_operand():
+    fmt = DFPFormat(accumulation="spill")
+    a, b = random(3, 9, 2, 11), random(11, 4, 9, seed=1)
+    (qa, ea), (qb, eb) = quantized(a, fmt), quantized(b, fmt)
+    left = qa.transpose(0, 2, 1, 3).reshape(6, 99)
+    right = qb.transpose(2, 0, 1).reshape(99, 4)
+    expected = reference.matmul(left, ea, right, eb, accumulation="spill").reshape(3, 2, 4)
+    with ops.format_scope(fmt):
+        same_bits(ops.einsum("akcm,mdk->acd", a, b), expected)
+        same_bits(ops.einsum("akcm,mdk->dac", a, b), expected.transpose(2, 0, 1))
+        same_bits(ops.tensordot(a, b, [[1, 3], [2, 0]]), expected)
+
+
+@st.composite
+def contractions(draw):
+    """Subscripts of two operands, neither repeating a label, and shapes that fit them."""
+    labels = "abcde"
+    sizes = {label: draw(st.integers(1, 3)) for label in labels}
+    first, second = (
+        draw(st.permutations(draw(st.lists(st.sampled_from(labels), unique=True, max_size=4))))
+        for _ in range(2)
+    )
+    known = sorted({*first, *second})
+    out = draw(
+        st.permutations(draw(st.lists(st.sampled_from(known), unique=True)) if known else [])
+    )
+    subscripts = f"{''.join(first)},{''.join(second)}->{''.join(out)}"
+    return subscripts, *(tuple(sizes[label] for label in side) for side in (first, second))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(contractions())
+def test_every_einsum_of_two_operands_is_exact(case):
+    subscripts, a_shape, b_shape = case
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    y, dy, (da, db) = run(lambda a, b: ops.einsum(subscripts, a, b), a, b)
+    (qa, ea), (qb, eb), (qdy, edy) = (quantized(v, DFPFormat()) for v in (a, b, dy))
+    qa, qb, qdy = (q.astype(np.int64) for q in (qa, qb, qdy))
+    same_bits(y, reference.round_scaled(np.asarray(np.einsum(subscripts, qa, qb)), ea + eb))
+
+    (first, second), out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
+    if set(first) - set(second) - set(out) or set(second) - set(first) - set(out):
+        return  # A label summed in one operand alone: its gradient is broadcast, in float32.
+    sums = np.einsum(f"{out},{second}->{first}", qdy, qb)
+    same_bits(da, reference.round_scaled(np.asarray(sums), edy + eb))
+    sums = np.einsum(f"{out},{first}->{second}", qdy, qa)
+    same_bits(db, reference.round_scaled(np.asarray(sums), edy + ea))
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "shapes"),
+    [
+        ("...ab,...bc->...ac", [(6, 2, 3), (6, 3, 4)]),
+        ("...ab,...bc->...ac", [(1, 2, 3), (6, 3, 4)]),
+        ("...ab,bc->a...c", [(5, 6, 2, 3), (3, 4)]),
+        ("a...,...->a...", [(2, 3, 4), (3, 4)]),
+        ("ba,bc", [(3, 2), (3, 4)]),
+        (" ij , jk -> ik ", [(2, 3), (3, 4)]),
+    ],
+)
+def test_einsum_takes_ellipses_and_implicit_outputs(subscripts, shapes):
+    a, b = (random(*shape, seed=i) for i, shape in enumerate(shapes))
+    (qa, ea), (qb, eb) = quantized(a, DFPFormat()), quantized(b, DFPFormat())
+    sums = np.einsum(subscripts, qa.astype(np.int64), qb.astype(np.int64))
+    same_bits(ops.einsum(subscripts, a, b), reference.round_scaled(sums, ea + eb))
+
+
+def test_einsum_of_other_than_two_operands_and_of_diagonals():
+    a, b, c = random(3, 3, 2), random(3, 4, seed=1), random(4, 5, seed=2)
+    same_bits(ops.einsum("iij->ji", a), np.einsum("iij->ji", a))
+    diagonal = np.ascontiguousarray(np.einsum("iij->ij", a))
+    same_bits(ops.einsum("iij,ik->jk", a, b), ops.einsum("ij,ik->jk", diagonal, b))
+    left = ops.einsum("ij,ik->jk", diagonal, b)
+    same_bits(ops.einsum("ij,ik,kl->lj", diagonal, b, c), ops.einsum("jk,kl->lj", left, c))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("case", ["plain", "causal", "mask", "bias"])
+def test_dot_product_attention_is_close_to_float32(kv_heads, case):
+    q, k, v = random(2, 5, 4, 8), random(2, 7, kv_heads, 8), random(2, 7, kv_heads, 8, seed=2)
+    arguments = {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "mask": {"mask": random(2, 1, 5, 7) > -1},
+        "bias": {"bias": random(1, 4, 5, 7), "scale": 0.3},
+    }[case]
+    y, dy, gradients = run(lambda *x: ops.dot_product_attention(*x, **arguments), q, k, v)
+    repeated = [np.repeat(x, 4 // kv_heads, axis=2) for x in (k, v)]
+    expected, _, stock = run(
+        lambda *x: keras.ops.dot_product_attention(*x, **arguments), q, *repeated, dy=dy
+    )
+    np.testing.assert_allclose(y, expected, atol=2e-3)
+    np.testing.assert_allclose(gradients[0], stock[0], atol=5e-3)
+    for ours, theirs in zip(gradients[1:], stock[1:], strict=True):
+        summed = np.reshape(theirs, (2, 7, kv_heads, -1, 8)).sum(3)
+        np.testing.assert_allclose(ours, summed, atol=5e-3)
+
+
+# ---- which products run on integers --------------------------------------------------------------
+
+CALLS = {
+    "matmul": (ops.matmul, (5, 6), (6, 4)),
+    "conv": (lambda x, w: ops.conv(x, w, padding="same"), (2, 5, 6, 4), (3, 3, 4, 2)),
+    "grouped": (lambda x, w: ops.conv(x, w, strides=2), (2, 5, 6, 4), (3, 3, 2, 6)),
+    "dilated": (lambda x, w: ops.conv(x, w, dilation_rate=2), (2, 5, 6, 4), (2, 2, 4, 3)),
+    "depthwise": (lambda x, w: ops.depthwise_conv(x, w, 2, "same"), (2, 5, 6, 4), (3, 3, 4, 2)),
+    "transposed": (lambda x, w: ops.conv_transpose(x, w, 2), (2, 5, 6, 4), (3, 3, 2, 4)),
+    "first layout": (
+        lambda x, w: ops.conv(x, w, data_format="channels_first"),
+        (2, 4, 5, 6),
+        (3, 3, 4, 2),
+    ),
+    "swapped": (lambda a, b: ops.einsum("ab,bc->ca", a, b), (5, 6), (6, 4)),
+}
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+SUBSETS = [s for n in (1, 2) for s in itertools.combinations(PRODUCTS, n)]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("products", SUBSETS, ids="+".join)
+def test_the_other_products_are_float32(call, products):
+    function, a_shape, b_shape = CALLS[call]
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    y, dy, (da, db) = run(function, a, b)
+    mixed_y, _, mixed = run(function, a, b, fmt=DFPFormat(products=products), dy=dy)
+    results = zip(PRODUCTS, (y, da, db), (mixed_y, *mixed), strict=True)
+    for name, integers, result in results:
+        np.testing.assert_allclose(result, integers, rtol=2e-3, atol=2e-2)
+        assert np.array_equal(result, integers) == (name in products), name
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def squares(function, x, w, **tape):
+    with tf.GradientTape(**tape) as t:
+        t.watch([x, w])
+        loss = tf.reduce_sum(tf.square(function(x, w)))
+    return t.gradient(loss, [x, w])
+
+
+def in_while_loop(function):
+    def looped(x, w):
+        y = tf.zeros(function(x, w).shape)
+        return tf.while_loop(lambda i, _: i < 1, lambda i, y: (i + 1, y + function(x, w)), (0, y))[
+            1
+        ]
+
+    return looped
+
+
+def in_cond(function):
+    return lambda x, w: tf.cond(x[0, 0] < 1e9, lambda: function(x, w), lambda: function(x, -w))
+
+
+def under(format_, function):
+    """Fixes the format, since a gradient may call the function again outside of the scope."""
+
+    def scoped(*args):
+        with ops.format_scope(format_):
+            return function(*args)
+
+    return scoped
+
+
+MODES = {
+    "graph": lambda f: tf.function(lambda x, w: squares(f, x, w)),
+    "persistent tape": lambda f: lambda x, w: squares(f, x, w, persistent=True),
+    "function in a tape": lambda f: lambda x, w: squares(tf.function(f), x, w),
+    "function in a persistent tape": lambda f: (
+        lambda x, w: squares(tf.function(f), x, w, persistent=True)
+    ),
+    "unknown batch": lambda f: tf.function(
+        lambda x, w: squares(f, x, w),
+        input_signature=[tf.TensorSpec([None, 6]), tf.TensorSpec([6, 4])],
+    ),
+    "unknown sizes": lambda f: tf.function(
+        lambda x, w: squares(f, x, w),
+        input_signature=[tf.TensorSpec([None, None]), tf.TensorSpec([None, None])],
+    ),
+    "eager while_loop": lambda f: lambda x, w: squares(in_while_loop(f), x, w),
+    "while_loop": lambda f: tf.function(lambda x, w: squares(in_while_loop(f), x, w)),
+    "while_loop, persistent tape": lambda f: tf.function(
+        lambda x, w: squares(in_while_loop(f), x, w, persistent=True)
+    ),
+    "cond": lambda f: tf.function(lambda x, w: squares(in_cond(f), x, w)),
+    "cond, persistent tape": lambda f: tf.function(
+        lambda x, w: squares(in_cond(f), x, w, persistent=True)
+    ),
+    "recompute_grad": lambda f: tf.function(lambda x, w: squares(tf.recompute_grad(f), x, w)),
+    "keras.remat": lambda f: lambda x, w: squares(keras.remat(f), x, w),
+}
+
+
+@pytest.mark.parametrize("fmt", [DFPFormat(), DFPFormat(products=("weight_gradient",))], ids=repr)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_do_not_depend_on_how_tensorflow_runs(mode, fmt):
+    if mode == "unknown sizes" and "forward" not in fmt.products:
+        pytest.skip("stock float32 products differ in their last bits")
+    function = under(fmt, ops.matmul)
+    x, w = tf.constant(random(5, 6)), tf.constant(random(6, 4, seed=1))
+    expected = squares(function, x, w)
+    for actual, gradient in zip(MODES[mode](function)(x, w), expected, strict=True):
+        same_bits(actual, gradient)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_unknown_sizes(call):
+    function, a_shape, b_shape = CALLS[call]
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    kernel = b_shape if len(b_shape) > 2 else [None] * len(b_shape)
+    channels = 1 if call == "first layout" else -1
+    unknown = [None] * len(a_shape)
+    unknown[channels] = a_shape[channels] if len(a_shape) > 2 else None
+    graph = tf.function(
+        lambda a, b: (y := function(a, b), tf.gradients(y, [a, b])),
+        input_signature=[tf.TensorSpec(unknown), tf.TensorSpec(kernel)],
+        autograph=False,
+    )
+    y, (da, db) = graph(a, b)
+    ones = np.ones(y.shape, np.float32)
+    expected_y, _, (expected_da, expected_db) = run(function, a, b, dy=ones)
+    same_bits(y, expected_y)
+    same_bits(da, expected_da)
+    same_bits(db, expected_db)
+
+
+@pytest.mark.parametrize(("a_shape", "b_shape"), MATMUL_SHAPES)
+def test_matmul_broadcasts_unknown_sizes(a_shape, b_shape):
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    _, dy, gradients = run(ops.matmul, a, b)
+    specs = [tf.TensorSpec([None] * x.ndim) for x in (a, b)]
+    graph = tf.function(lambda a, b: run_in_graph(ops.matmul, a, b, dy), input_signature=specs)
+    y, (da, db) = graph(a, b)
+    same_bits(y, ops.matmul(a, b))
+    np.testing.assert_allclose(da, gradients[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(db, gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def run_in_graph(function, a, b, dy):
+    with tf.GradientTape() as tape:
+        tape.watch([a, b])
+        y = function(a, b)
+    return y, tape.gradient(y, [a, b], output_gradients=tf.constant(dy))
+
+
+def second_order(function, x, w):
+    with tf.GradientTape() as tape:
+        tape.watch([x, w])
+        total = sum(tf.reduce_sum(tf.square(g)) for g in squares(function, x, w))
+    return tape.gradient(total, [x, w])
+
+
+@pytest.mark.parametrize(
+    "products", [PRODUCTS, ("forward",), ("input_gradient",), PRODUCTS[:0:-1]], ids="+".join
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_second_order_gradients(call, products, monkeypatch):
+    function, a_shape, b_shape = CALLS[call]
+    x, w = tf.constant(random(*a_shape)), tf.constant(random(*b_shape, seed=1))
+    with ops.format_scope(DFPFormat(products=products)):
+        eager = second_order(function, x, w)
+        graph = tf.function(lambda x, w: second_order(function, x, w))(x, w)
+
+    def in_float32(op, fmt, product, first, second):
+        return product.float32(first.float32(), second.float32())
+
+    monkeypatch.setattr(contraction, "multiply", in_float32)
+    monkeypatch.setattr(convolution, "multiply", in_float32)
+    expected = second_order(function, x, w)
+    for results in (eager, graph):
+        for actual, exact in zip(results, expected, strict=True):
+            np.testing.assert_allclose(actual, exact, atol=2e-3 * np.abs(exact).max())
+
+
+def test_second_order_gradients_across_a_function_are_refused():
+    x, w = tf.constant(random(5, 6)), tf.constant(random(6, 4, seed=1))
+    with pytest.raises(NotImplementedError, match="gradient of a gradient"):
+        second_order(tf.function(ops.matmul), x, w)
+
+
+# ---- one currency --------------------------------------------------------------------------------
+
+
+def traced(function, *shapes):
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    return tf.function(function, autograph=False).get_concrete_function(*specs).graph
+
+
+def outputs(graph, op_type):
+    return [op.outputs[0] for op in graph.get_operations() if op.type == op_type]
+
+
+def count(graph, op_type):
+    """Counts nodes, those of the graph's loops, branches and functions included."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    return sum(node.op == op_type for node in nodes)
+
+
+def test_a_tensor_is_quantised_once_for_all_its_consumers():
+    def attention(x, q, k, v):
+        with tf.GradientTape() as tape:
+            tape.watch([x, q, k, v])
+            y = tf.add_n([ops.matmul(x, w) for w in (q, k, v)])
+        return tape.gradient(y, [x, q, k, v])
+
+    graph = traced(attention, [None, 5, 8], [8, 4], [8, 4], [8, 4])
+    # x, three kernels, and the gradient of each projection for both of its uses.
+    assert count(graph, "DfpQuantize") == 1 + 3 + 3
+    assert count(graph, "DfpMatmul") == 3 * 3
+
+
+def test_an_eager_tensor_is_quantised_once():
+    x, w = tf.constant(random(5, 6)), tf.constant(random(6, 4))
+    with ops.format_scope(DFPFormat()):
+        assert ops.operand(x, DFPFormat()).q is ops.operand(x, DFPFormat()).q
+        assert ops.operand(x, DFPFormat(9)).q is not ops.operand(x, DFPFormat()).q
+        before = ops.matmul(x, w)
+        same_bits(ops.matmul(x, w), before)
+
+
+def test_tensors_are_quantised_outside_the_loops_and_branches_that_use_them():
+    def loops(x, w):
+        def body(i, y):
+            return i + 1, y + ops.matmul(x, w) + ops.matmul(2 * x, w)
+
+        x = x + 1
+        x *= tf.while_loop(lambda i, _: i < 3, body, (0, x))[1]
+        return tf.cond(x[0, 0] > 0, lambda: ops.matmul(x, w), lambda: ops.matmul(w, x))
+
+    graph = traced(loops, [6, 6], [6, 6])
+    # w and each x here; inside, only what was computed inside.
+    assert len(outputs(graph, "DfpQuantize")) == 3
+    assert count(graph, "DfpQuantize") == 3 + 1
+
+
+def test_variables_are_quantised_where_they_are_read_but_once_in_a_loop_scope():
+    w = tf.Variable(random(6, 6))
+
+    def looped(x):
+        def body(i, y):
+            return i + 1, y + ops.matmul(x, w)
+
+        with tf.GradientTape() as tape:
+            y = tf.while_loop(lambda i, _: i < 3, body, (0, x))[1]
+        return y, tape.gradient(y, w)
+
+    def scoped(x):
+        with ops.loop_scope():
+            return looped(x)
+
+    quantisations = {f: traced(f, [6, 6]) for f in (looped, scoped)}
+    assert len(outputs(quantisations[looped], "DfpQuantize")) == 1  # x
+    assert len(outputs(quantisations[scoped], "DfpQuantize")) == 2  # and w
+    x = tf.constant(random(6, 6, seed=1))
+    for eager, graph in zip(looped(x), tf.function(scoped)(x), strict=True):
+        same_bits(graph, eager)
+    for eager, graph in zip(looped(x), scoped(x), strict=True):
+        same_bits(graph, eager)
+
+
+def test_a_variable_may_change_between_two_uses():
+    w = tf.Variable(random(6, 6))
+    x = tf.constant(random(6, 6, seed=1))
+
+    @tf.function
+    def before_and_after(x):
+        first = ops.matmul(x, w)
+        w.assign(2 * w)
+        return first, ops.matmul(x, w)
+
+    first, second = before_and_after(x)
+    same_bits(second, 2 * first)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_operand_costs_no_product(frozen):
+    def gradient(*operands):
+        with tf.GradientTape() as tape:
+            tape.watch(operands[1 - frozen])
+            y = ops.conv(*operands)
+        return tape.gradient(y, operands[1 - frozen])
+
+    graph = traced(gradient, [None, 5, 5, 3], [3, 3, 3, 4])
+    unused = ("DfpConvBackpropInput", "DfpConvBackpropFilter")[frozen]
+    assert count(graph, unused) == 0
+    assert count(graph, "DfpConv") == 1
+
+
+# ---- the format ----------------------------------------------------------------------------------
+
+
+def test_the_innermost_format_holds():
+    assert ops.current_format() == DFPFormat()
+    with ops.format_scope(DFPFormat(mantissa_bits=12)), ops.format_scope(FORWARD_ONLY):
+        assert ops.current_format() is FORWARD_ONLY
+    assert ops.current_format() == DFPFormat()
+
+
+def test_the_default_format_is_asked_for(monkeypatch):
+    monkeypatch.setattr(ops, "default_format", lambda: FORWARD_ONLY)
+    assert ops.current_format() is FORWARD_ONLY
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_stochastic_rounding_follows_the_seed(mode):
+    function = under(DFPFormat(mantissa_bits=8, rounding="stochastic"), ops.matmul)
+    x, w = random(5, 6), random(6, 4, seed=1)
+
+    def draw(seed):
+        keras.utils.set_random_seed(seed)
+        multiply = tf.function(function) if mode == "graph" else function
+        return [multiply(tf.constant(x), tf.constant(w)).numpy() for _ in range(2)]
+
+    first, again, other = draw(1), draw(1), draw(2)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_the_kernels_use_as_many_threads_as_tensorflow_is_told(monkeypatch):
+    for threads in (1, 0):
+        monkeypatch.setattr(
+            tf.config.threading, "get_intra_op_parallelism_threads", lambda n=threads: n
+        )
+        ops.matmul(random(2, 2), random(2, 2))
+        assert product._threads == threads
+        assert threads == 0 or native.extension.threads() == threads
+
+
+# ---- symbolic tensors ----------------------------------------------------------------------------
+
+
+def test_symbolic_tensors_make_functional_models(tmp_path):
+    x = keras.Input((6, 6, 3))
+    kernel, pointwise = random(3, 3, 3, 4), random(4, 2, seed=1)
+    with ops.format_scope(DFPFormat(mantissa_bits=9)):
+        y = ops.conv(x, kernel, padding="same")
+        z = ops.einsum("bhwc,cd->bhwd", y, pointwise)
+        values = random(2, 6, 6, 3)
+        expected = ops.einsum("bhwc,cd->bhwd", ops.conv(values, kernel, padding="same"), pointwise)
+    assert y.shape == (None, 6, 6, 4) and z.shape == (None, 6, 6, 2)
+    model = keras.Model(x, z)
+    same_bits(model.predict(values, verbose=0), expected)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    same_bits(loaded.predict(values, verbose=0), expected)
+
+
+def test_every_op_takes_symbolic_tensors():
+    x, v = keras.Input((6, 6, 4)), keras.Input((6,))
+    same = {"padding": "same"}
+    assert ops.depthwise_conv(x, random(3, 3, 4, 2), **same).shape == (None, 6, 6, 8)
+    separable = ops.separable_conv(x, random(3, 3, 4, 2), random(1, 1, 8, 3), **same)
+    assert separable.shape == (None, 6, 6, 3)
+    assert ops.conv_transpose(x, random(3, 3, 2, 4), 2, **same).shape == (None, 12, 12, 2)
+    assert ops.matmul(v, random(6, 5)).shape == (None, 5)
+    assert ops.dot(v, random(6, 5)).shape == (None, 5)
+    assert ops.tensordot(v, random(6, 5), 1).shape == (None, 5)
+    assert ops.dot_product_attention(x, x, x).shape == (None, 6, 6, 4)
+
+
+# ---- unusual values and shapes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("call", CALLS)
+def test_nonfinite_values_make_everything_nan(call, bad):
+    function, a_shape, b_shape = CALLS[call]
+    a, b = random(*a_shape), random(*b_shape, seed=1)
+    a.flat[3] = bad
+    y, _, (da, db) = run(function, a, b)
+    assert np.isnan(y).all() and np.isnan(db).all() and np.isfinite(da).all()
+    _, _, (da, db) = run(function, random(*a_shape), b, dy=np.full(y.shape, bad, np.float32))
+    assert np.isnan(da).all() and np.isnan(db).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "a_shape", "b_shape", "shape"),
+    [
+        (ops.matmul, (0, 3), (3, 4), (0, 4)),
+        (ops.matmul, (2, 0), (0, 4), (2, 4)),
+        (ops.matmul, (5, 2, 3), (3, 0), (5, 2, 0)),
+        (ops.matmul, (0, 2, 3), (0, 3, 4), (0, 2, 4)),
+        (lambda a, b: ops.einsum("abc,cd->bd", a, b), (0, 2, 3), (3, 4), (2, 4)),
+        (ops.conv, (0, 5, 5, 3), (3, 3, 3, 4), (0, 3, 3, 4)),
+        (ops.conv, (2, 5, 5, 3), (3, 3, 3, 0), (2, 3, 3, 0)),
+        (lambda x, w: ops.conv(x, w, padding="same"), (2, 0, 5, 3), (3, 3, 3, 4), (2, 0, 5, 4)),
+        (ops.depthwise_conv, (0, 5, 5, 3), (3, 3, 3, 2), (0, 3, 3, 6)),
+        (ops.conv_transpose, (0, 5, 5, 3), (3, 3, 4, 3), (0, 7, 7, 4)),
+    ],
+)
+def test_empty_tensors(function, a_shape, b_shape, shape):
+    y, _, (da, db) = run(function, random(*a_shape), random(*b_shape))
+    same_bits(y, np.zeros(shape, np.float32))
+    same_bits(da, np.zeros(a_shape, np.float32))
+    same_bits(db, np.zeros(b_shape, np.float32))
+
+
+X, W = np.zeros((2, 6, 6, 4), np.float32), np.zeros((3, 3, 4, 6), np.float32)
+BAD_CALLS = {
+    "rank": (ops.conv, (X[0, 0], W), "conv.*rank.*(6, 4)"),
+    "kernel rank": (ops.conv, (X, W[0]), "conv.*`kernel`"),
+    "channels": (ops.conv, (X, W[:, :, :3]), "conv.*4 channels.*(3, 3, 3, 6)"),
+    "groups": (ops.conv, (X, W[:, :, :2, :5]), "conv.*filters"),
+    "strides": (ops.conv, (X, W, 0), "conv.*`strides`.*at least 1"),
+    "number of strides": (ops.conv, (X, W, (1, 2, 3)), "`strides`.*2 ints"),
+    "dilation": (ops.conv, (X, W, 1, "same", None, 0), "`dilation_rate`"),
+    "stride and dilation": (ops.conv, (X, W, 2, "same", None, 2), "must not both"),
+    "padding": (ops.conv, (X, W, 1, "causal"), "`padding`.*'causal'"),
+    "data format": (ops.conv, (X, W, 1, "same", "NHWC"), "`data_format`.*'NHWC'"),
+    "large kernel": (ops.conv, (X[:, :2], W), "larger than the input"),
+    "depthwise 3D": (
+        ops.depthwise_conv,
+        (np.zeros((1, 3, 3, 3, 2), np.float32), np.zeros((1, 1, 1, 2, 1), np.float32)),
+        "depthwise_conv.*rank 3 to 4",
+    ),
+    "depthwise channels": (ops.depthwise_conv, (X, W[:, :, :2]), "depthwise_conv.*4 channels"),
+    "pointwise kernel": (ops.separable_conv, (X, W[..., :1], W), "`pointwise_kernel`.*sizes of 1"),
+    "pointwise channels": (
+        ops.separable_conv,
+        (X, W[..., :1], W[:1, :1, :3]),
+        "`pointwise_kernel`.*channels",
+    ),
+    "transposed channels": (ops.conv_transpose, (X, W), "conv_transpose.*takes 6"),
+    "negative output padding": (
+        ops.conv_transpose,
+        (X, W.swapaxes(2, 3), 2, "valid", -1),
+        "`output_padding`",
+    ),
+    "large output padding": (
+        ops.conv_transpose,
+        (X, W.swapaxes(2, 3), 2, "same", 2),
+        "`output_padding` must lie from 0 to 1",
+    ),
+    "matmul": (ops.matmul, (X[0, 0], X[0, 0]), r"x1 of shape \(6, 4\) and x2 of shape \(6, 4\)"),
+    "matmul scalar": (ops.matmul, (np.float32(1), X), "matmul: `x1`.*at least one axis"),
+    "matmul batch": (ops.matmul, (np.zeros((2, 3, 4), "f"), np.zeros((3, 4, 5), "f")), "axis 0"),
+    "dot": (ops.dot, (X[0, 0], X[0, 0]), "dot: x1 of shape"),
+    "tensordot": (ops.tensordot, (X, W, 1), "tensordot: x1 of shape"),
+    "tensordot axes": (ops.tensordot, (X, W, 7), "`axes`.*7"),
+    "tensordot pairs": (ops.tensordot, (X, W, [[0, 1], [0]]), "`axes`"),
+    "subscripts": (ops.einsum, ("ab,bc->ac", X, W), "term 0 does not fit"),
+    "number of terms": (ops.einsum, ("ab,bc->ac", X), "2 terms for 1 operands"),
+    "unknown output": (ops.einsum, ("a,b->c", X[0, 0, 0], X[0, 0, 0]), "output must name"),
+    "repeated output": (ops.einsum, ("a,b->aa", X[0, 0, 0], X[0, 0, 0]), "each once"),
+    "lost ellipsis": (ops.einsum, ("...a,ab->b", X[0, 0], W[0, 0]), "needs '...'"),
+    "einsum sizes": (ops.einsum, ("ab,bc->ac", X[0, 0], X[0, 0]), r"operands\[0\] of shape"),
+    "attention rank": (ops.dot_product_attention, (X[0], X[0], X[0]), "rank 4"),
+    "attention heads": (ops.dot_product_attention, (X, X[:, :, :5], X[:, :, :5]), "multiple"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_arguments_are_named(case):
+    function, arguments, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "int32"])
+@pytest.mark.parametrize("function", [ops.matmul, ops.dot, ops.tensordot])
+def test_other_dtypes_are_refused(function, dtype):
+    x = tf.zeros((2, 2), dtype)
+    with pytest.raises(TypeError, match=rf"{function.__name__}: `x2`.*{dtype}.*\(2, 2\)"):
+        function(tf.zeros((2, 2)), x)
+
+
+def test_sparse_tensors_are_refused():
+    with pytest.raises(TypeError, match="`x1` must be a dense tensor"):
+        ops.matmul(tf.sparse.from_dense(tf.eye(2)), tf.eye(2))
+
+
+def test_results_of_2_to_the_31_elements_are_refused():
+    a, b = np.zeros((2**16, 0), np.float32), np.zeros((0, 2**15), np.float32)
+    with pytest.raises(ValueError, match="matmul.*2147483648 elements"):
+        ops.matmul(a, b)
+    x = np.zeros((1, 1, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="conv_transpose.*elements"):
+        ops.conv_transpose(x, np.zeros((1, 1, 1, 1), np.float32), strides=2**16)
+
+
+def test_sizes_that_do_not_fit_at_run_time_are_an_invalid_argument():
+    unknown = tf.TensorSpec([None, None])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="DfpMatmul"):
+        tf.function(ops.matmul, input_signature=[unknown, unknown])(tf.eye(2), tf.eye(3))
+
+
+def test_xla_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="keras_dfp.ops.matmul.*jit_compile"):
+        tf.function(ops.matmul, jit_compile=True)(tf.eye(2), tf.eye(2))
+
+    def layer(x):
+        with tf.name_scope("my_dense"):
+            return ops.matmul(x, x)
+
+    with pytest.raises(RuntimeError, match="layer 'my_dense'"):
+        tf.function(layer, jit_compile=True)(tf.eye(2))
+
+
+def test_options_of_other_backends_are_refused():
+    for option in ({"flash_attention": True}, {"attn_logits_soft_cap": 1.0}):
+        with pytest.raises(ValueError, match="not available"):
+            ops.dot_product_attention(X, X, X, **option)
+    with pytest.raises(TypeError, match="unexpected"):
+        ops.einsum("ab,bc->ac", tf.eye(2), tf.eye(2), precision="high")
