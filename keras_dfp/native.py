@@ -83,8 +83,8 @@ class Sizes(NamedTuple):
 def quantize(x, bits: int, rounding: str, tensor_id: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the mantissas and the exponent of `x`.
 
-    Stochastic rounding draws the `step` of its noise from TensorFlow's random numbers, so
-    `keras.utils.set_random_seed` makes it repeatable, in loops and across replicas as well.
+    Stochastic rounding draws the `step` of its noise from TensorFlow's random numbers: no state to
+    keep, save or distribute, and `keras.utils.set_random_seed` makes it repeatable.
     """
     step = []
     if rounding == "stochastic":
@@ -169,6 +169,8 @@ class Product:
 
     def gradients(self, first: Factor, second: Factor, dy, wanted=(True, True)) -> list:
         """Returns the gradients of both factors, None where one is not wanted."""
+        # A gather of the product's rows sends back IndexedSlices.
+        dy = tf.convert_to_tensor(dy)
         dy = Factor.incoming(dy, self.attrs[self.output_bits], self.attrs["rounding"])
         results = []
         for (product, a, b), mode, want in zip(

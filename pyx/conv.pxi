@@ -34,7 +34,8 @@ cdef inline void gemm_of(const Conv* v, Gemm* g, const int16_t* a, const int16_t
     g.a.data, g.b.data, g.c = a, b, c
 
 
-cdef inline void forward_window(const Conv* v, Window* w, int64_t channels, bint even) noexcept nogil:
+cdef inline void forward_window(const Conv* v, Window* w, int64_t channels,
+                                bint even) noexcept nogil:
     """Positions are output pixels; the image is the input."""
     cdef int i
     for i in range(3):
@@ -107,7 +108,9 @@ cdef void input_gradient_plan(const Conv* v, Gemm* g, const int64_t* phase, cons
         a.positions[i] = (v.input[i] - phase[i] + v.stride[i] - 1) // v.stride[i]
         a.step[i], a.size[i] = 1, v.output[i]
         # No kernel position reaches a phase that the dilation jumps over.
-        a.taps[i] = 0 if first == jump else max(<int64_t>0, (v.kernel[i] - first + jump - 1) // jump)
+        a.taps[i] = 0
+        if first < jump:
+            a.taps[i] = max(<int64_t>0, (v.kernel[i] - first + jump - 1) // jump)
         a.offset[i] = reach // v.stride[i]
         if reach < 0 and reach % v.stride[i]:
             a.offset[i] = 0         # only where there are no taps

@@ -11,6 +11,7 @@ cdef extern from "microkernels/table.h" nogil:
         float* c
         int64_t ldc
         float scale
+        bint stream
     ctypedef struct dfp_terms:
         const int16_t** x
         const int16_t** w

@@ -14,6 +14,7 @@ cdef enum:
     LONG_COLUMNS = 1024     # where A is transposed in packing: long runs of its rows pack fast,
     BLOCK_K = 512           # of this length,
     BLOCK_MN = 256          # for tasks of this many rows and columns
+    STREAM = 16777216       # bytes of C that no cache keeps until it is read
     SMALL = 200000          # products below which a parallel region costs more than it saves
     ALIGN = 64
 
@@ -37,7 +38,8 @@ cdef struct Gemm:
     int64_t chain           # products of a chain
     bint packed_b           # B is packed once, for all tasks
     bint carry              # partial sums wait in acc between blocks of K
-    bint fast               # the microkernel may scale and store
+    bint fast               # the microkernel may scale and store,
+    bint stream             # past the caches: C does not fit them, and its rows are aligned
     bint wide               # hi * 2**16 + lo is too narrow for all of K
     int64_t narrow_k        # K it is wide enough for
     double scale
@@ -69,6 +71,8 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
     g.wide = not g.spill and g.k > g.narrow_k
     # Neither the scale nor a nonzero result (at least the scale) may be subnormal.
     g.fast = -126 <= g.exponent <= 127 and not g.wide
+    g.stream = (g.m * g.ldc * sizeof(float) >= STREAM and g.ldc % 16 == 0 and g.c_batch % 16 == 0
+                and <int64_t>g.c % ALIGN == 0)
     g.threads = team_size() if <double>g.m * g.n * g.k * g.batch > SMALL else 1
 
     g.chain = limit // 2 * 2
@@ -229,9 +233,11 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         direct = g.fast and rows == mr and cols == nr and not g.scattered
         tile.c = NULL
         tile.ldc = nr
+        tile.stream = False
         if block.last and direct:
             tile.c = block.c + (block.m0 + t * mr) * g.ldc + block.n0 + panel * nr
             tile.ldc = g.ldc
+            tile.stream = g.stream
         elif block.last and g.fast:
             tile.c = block.spare
         if g.spill:

@@ -221,8 +221,8 @@ cdef inline void interleave_or_zero(const int16_t* p, const int16_t* q, int64_t 
         return
     while i < n:
         # Panel by panel: the row of zeros is short.
-        kernel.interleave(p + c + i if p != NULL else zero_row, q + c + i if q != NULL else zero_row,
-                          min(mr, n - i), <int>mr, 0, to)
+        kernel.interleave(p + c + i if p != NULL else zero_row,
+                          q + c + i if q != NULL else zero_row, min(mr, n - i), <int>mr, 0, to)
         to += panel
         i += mr
 

@@ -26,7 +26,10 @@ cdef extern from *:
         _mm_setcsr(0x1f80);
         return old;
     }
-    static inline void dfp_float_restore(float_env old) { _mm_setcsr((unsigned)old); }
+    static inline void dfp_float_restore(float_env old) {
+        _mm_sfence();           /* streamed results are visible before the region ends */
+        _mm_setcsr((unsigned)old);
+    }
     #elif defined(__aarch64__)
     static inline float_env dfp_float_default(void) {
         float_env old;

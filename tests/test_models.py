@@ -74,20 +74,43 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_trains_and_comes_back_from_a_file(name, tmp_path):
+def case(name, mode, *marks):
+    return pytest.param(name, mode == "eager", id=f"{name}-{mode}", marks=marks)
+
+
+# Tracing the training step of a large model takes TensorFlow most of a minute, in float32 too.
+@pytest.mark.parametrize(
+    ("name", "run_eagerly"),
+    [
+        case("ResNet50", "graph"),
+        case("MobileNetV2", "eager"),
+        case("MobileNetV2", "graph", pytest.mark.slow),
+        case("EfficientNetB0", "eager"),
+        case("EfficientNetB0", "graph", pytest.mark.slow),
+        case("subclassed", "graph"),
+        case("LSTM", "graph"),
+        case("transformer", "graph"),
+    ],
+)
+def test_trains_and_comes_back_from_a_file(name, run_eagerly, tmp_path):
     make, inputs, learning_rate = MODELS[name]
     keras.utils.set_random_seed(0)
     keras_dfp.set_policy("dfp16")
     model = make()
-    model.compile(keras.optimizers.Adam(learning_rate), "sparse_categorical_crossentropy")
-    losses = model.fit(inputs, LABELS, batch_size=8, epochs=4, verbose=0).history["loss"]
+    model.compile(
+        keras.optimizers.Adam(learning_rate),
+        "sparse_categorical_crossentropy",
+        run_eagerly=run_eagerly,
+    )
+    losses = model.fit(inputs, LABELS, batch_size=8, epochs=6, verbose=0).history["loss"]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
 
     predictions = model.predict(inputs, batch_size=8, verbose=0)
     assert np.isfinite(predictions).all()
     model.save(tmp_path / "model.keras")
-    restored = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(restored.predict(inputs, batch_size=8, verbose=0), predictions)
+    keras_dfp.set_policy("float32")
+    with keras_dfp.policy_scope("dfp16" if isinstance(model, Subclassed) else "float32"):
+        restored = keras.models.load_model(tmp_path / "model.keras")
     assert all(row["format"] for row in keras_dfp.describe(restored).rows)
+    np.testing.assert_array_equal(restored.predict(inputs, batch_size=8, verbose=0), predictions)

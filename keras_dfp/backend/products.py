@@ -74,13 +74,14 @@ def _check_operands(decision: Decision, operands) -> Decision:
 
 
 def _refuse_xla(layer, name: str) -> None:
+    """Raises for a user's own `tf.function(jit_compile=True)`; models fall back by themselves."""
     if tf.executing_eagerly():
         return
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         raise RuntimeError(
-            f"{name} of layer '{layer.path or layer.name}' runs on integers (policy "
-            f"'{layer.dtype_policy.name}') inside a function with jit_compile=True; XLA has no "
-            "kernels for that. Use jit_compile=False, or dtype='float32' for this layer."
+            f"keras_dfp: layer '{layer.path or layer.name}' runs {name} on integers, inside a "
+            "function with jit_compile=True; XLA has no kernels for that. Use jit_compile=False, "
+            "or dtype='float32' for this layer."
         )
 
 

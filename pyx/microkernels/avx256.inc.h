@@ -25,3 +25,4 @@
 #define F_ZERO() _mm256_setzero_ps()
 #define F_LOADU(p) _mm256_loadu_ps(p)
 #define F_STOREU(p, f) _mm256_storeu_ps(p, f)
+#define F_STREAM(p, f) _mm256_stream_ps(p, f)

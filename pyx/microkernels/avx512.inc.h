@@ -25,3 +25,4 @@
 #define F_ZERO() _mm512_setzero_ps()
 #define F_LOADU(p) _mm512_loadu_ps(p)
 #define F_STOREU(p, f) _mm512_storeu_ps(p, f)
+#define F_STREAM(p, f) _mm512_stream_ps(p, f)

@@ -13,6 +13,7 @@
  *   V_DOT(acc, a, b)  acc += a.even * b.even + a.odd * b.odd, per int32 lane
  *   V_ADD, V_AND, V_SET1, V_SRA(v, n), V_SLL(v, n), V_OR   on int32 lanes
  *   F_FROM(v)         int32 to float, nearest-even
+ *   F_STREAM(p, f)    store past the caches, p aligned to a vector
  *   F_ADD, F_MUL, F_FMA(a, b, c), F_SET1, F_STOREU(p, f), F_LOADU(p), F_ZERO()
  */
 
@@ -24,6 +25,12 @@
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+
+#define STORE_C(p, f)                                                            \
+    do {                                                                         \
+        if (t->stream) F_STREAM(p, f);                                           \
+        else F_STOREU(p, f);                                                     \
+    } while (0)
 
 /* One chain: `n` pairs into the int32 accumulators. */
 #define RUN_CHAIN(n)                                                             \
@@ -83,7 +90,7 @@ TARGET static void DFP_CAT(gemm_s16_exact__, ISA)(const dfp_tile *t) {
         const VI u = V_SRA(hi[i][j], 8);
         const VI r = V_OR(V_SLL(V_AND(hi[i][j], byte), 16), acc[i][j]);
         const VF sum = F_FMA(F_FROM(u), radix, F_FROM(r));
-        F_STOREU(t->c + i * t->ldc + j * LANES, F_MUL(sum, scale));
+        STORE_C(t->c + i * t->ldc + j * LANES, F_MUL(sum, scale));
     }
 }
 
@@ -106,18 +113,19 @@ TARGET static void DFP_CAT(gemm_s16_spill__, ISA)(const dfp_tile *t) {
     const int64_t ld = t->c ? t->ldc : NR;
     const VF scale = F_SET1(t->c ? t->scale : 1.0f);
     UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-        F_STOREU(out + i * ld + j * LANES, F_MUL(sum[i][j], scale));
+        STORE_C(out + i * ld + j * LANES, F_MUL(sum[i][j], scale));
 }
 
 TARGET static int64_t DFP_CAT(peak_s16__, ISA)(int64_t rounds) {
-    VI acc[12];
-    const VI one = V_SET1(65537);
+    VI acc[12], one = V_SET1(65537);
     UNROLL for (int i = 0; i < 12; i++) acc[i] = V_ZERO();
     for (int64_t r = 0; r < rounds; r++)
         UNROLL for (int i = 0; i < 12; i++) {
+            /* Opaque, or a product of constants would leave the loop. */
+            __asm__ __volatile__("" : "+" V_REGISTER(one), "+" V_REGISTER(acc[i]));
             V_DOT(acc[i], one, one);
-            __asm__ __volatile__("" : "+" V_REGISTER(acc[i]));
         }
+    UNROLL for (int i = 0; i < 12; i++) __asm__ __volatile__("" : : V_REGISTER(acc[i]));
     return rounds * 12 * 2 * LANES;
 }
 
@@ -130,6 +138,7 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
 
 #undef NR
 #undef RUN_CHAIN
+#undef STORE_C
 #undef OPEN_TILE
 #undef UNROLL
 #undef ISA
@@ -161,3 +170,4 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
 #undef F_ZERO
 #undef F_LOADU
 #undef F_STOREU
+#undef F_STREAM

@@ -19,6 +19,7 @@
  * Output: if `c` is not NULL, all mr x nr values of the sum, rounded once to float32 (exact mode)
  * and times `scale`, a power of two, go to c[i * ldc + j]. The caller guarantees that |v| < 2**47
  * and that neither scale nor a nonzero result is subnormal. If `c` is NULL, the sum goes to acc.
+ *        With `stream`, c and ldc are multiples of 64 bytes, and the stores may go past the caches.
  */
 #ifndef DFP_MICROKERNEL_H
 #define DFP_MICROKERNEL_H
@@ -35,6 +36,7 @@ typedef struct {
     float *c;
     int64_t ldc;
     float scale;
+    int stream;
 } dfp_tile;
 
 /* Sums of products of int16 rows, channel by channel: the loop of every depthwise pass.

@@ -66,12 +66,18 @@ static void gemm_s16_spill__portable(const dfp_tile *t) {
 
 /* Without a vector instruction to count, the tile itself is the roof. */
 static int64_t peak_s16__portable(int64_t rounds) {
-    static const int16_t ones[2 * 128 * PORTABLE_NR] = {1};
+    enum { PAIRS = 128 };
+    static const int16_t ones[2 * PAIRS * PORTABLE_NR] = {1};
     int32_t sums[2 * PORTABLE_MR * PORTABLE_NR];
-    const dfp_tile t = {.a = ones, .row_stride = 256, .pair_stride = 2, .rows = PORTABLE_MR,
-                        .b = ones, .pairs = 128, .segment = 128, .chain = 16, .acc = sums};
-    for (int64_t r = 0; r < rounds; r += 100) gemm_s16_exact__portable(&t);
-    return (rounds + 99) / 100 * 256 * PORTABLE_MR * PORTABLE_NR;
+    const dfp_tile t = {.a = ones, .row_stride = 2 * PAIRS, .pair_stride = 2, .rows = PORTABLE_MR,
+                        .b = ones, .pairs = PAIRS, .segment = PAIRS, .chain = 16, .acc = sums};
+    int64_t done = 0;
+    for (int64_t r = 0; r < rounds; r += 100) {
+        gemm_s16_exact__portable(&t);
+        __asm__ __volatile__("" : : "r"(sums) : "memory");
+        done += 2 * PAIRS * PORTABLE_MR * PORTABLE_NR;
+    }
+    return done;
 }
 
 static const dfp_kernel dfp_kernel__portable = {

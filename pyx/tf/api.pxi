@@ -116,13 +116,13 @@ cdef extern from *:
         "TF_NewOpDefinitionBuilder", "TF_RegisterOpDefinition", "TF_OpDefinitionBuilderAddAttr",
         "TF_OpDefinitionBuilderAddInput", "TF_OpDefinitionBuilderAddOutput",
         "TF_OpDefinitionBuilderSetShapeInferenceFunction",
-        "TF_NewShapeHandle", "TF_DeleteShapeHandle", 
+        "TF_NewShapeHandle", "TF_DeleteShapeHandle",
          "TF_ShapeInferenceContextGetInput",
         "TF_ShapeInferenceContextSetOutput", "TF_ShapeInferenceContextScalar",
         "TF_ShapeInferenceContextRank", "TF_ShapeInferenceContextRankKnown",
-        "TF_ShapeInferenceContextWithRank", 
+        "TF_ShapeInferenceContextWithRank",
         "TF_ShapeInferenceContextSubshape", "TF_ShapeInferenceContextConcatenateShapes",
-         
+
         "TF_NewKernelBuilder", "TF_RegisterKernelBuilder", "TF_NumInputs", "TF_GetInput",
         "TF_AllocateOutput", "TF_AllocateTemp", "TF_OpKernelContext_Failure",
         "TF_OpKernelConstruction_Failure", "TF_OpKernelConstruction_GetAttrSize",

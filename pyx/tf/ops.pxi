@@ -18,8 +18,7 @@ cdef void quantize_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept no
 
 
 cdef void unknown_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    """Of a token, whose gradient has the shape of the tensor it stands for; and of results whose
-    shape is given by a tensor."""
+    """Of a token, whose gradient has the shape of the tensor it stands for."""
     cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
     tf.ShapeInferenceContextSetOutput(c, 0, unknown, st)
     tf.DeleteShapeHandle(unknown)
@@ -67,6 +66,26 @@ cdef void matmul_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogi
     tf.DeleteShapeHandle(a)
     tf.DeleteShapeHandle(y)
     tf.DeleteShapeHandle(matrix)
+
+
+cdef void rank_of(TF_ShapeInferenceContext* c, int input, TF_Status* st) noexcept nogil:
+    """Only the rank of a gradient is known here: its shape is the value of a tensor."""
+    cdef TF_ShapeHandle* like = tf.NewShapeHandle()
+    cdef TF_ShapeHandle* y = tf.NewShapeHandle()
+    tf.ShapeInferenceContextGetInput(c, input, like, st)
+    if tf.ShapeInferenceContextRankKnown(c, like):
+        tf.ShapeInferenceContextWithRank(c, y, tf.ShapeInferenceContextRank(c, like), y, st)
+    tf.ShapeInferenceContextSetOutput(c, 0, y, st)
+    tf.DeleteShapeHandle(like)
+    tf.DeleteShapeHandle(y)
+
+
+cdef void conv_input_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
+    rank_of(c, 1, st)
+
+
+cdef void conv_filter_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
+    rank_of(c, 0, st)
 
 
 # ---- DfpQuantize, DfpDequantize, DfpToken --------------------------------------------------------
@@ -525,15 +544,15 @@ cdef void conv_filter_compute(void* attrs, TF_OpKernelContext* context) noexcept
 cdef extern from *:
     """
     #define DFP_OPERAND(name) name ": int16", name "_exponent: int32", name "_token: float"
-    #define DFP_PRODUCT_ATTRS                                                                      \\
-        "accumulation: {'exact', 'spill'} = 'exact'",                                              \\
-        "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'",                             \\
-        "input_gradient: {'dfp', 'float32'} = 'dfp'",                                              \\
+    #define DFP_PRODUCT_ATTRS  \\
+        "accumulation: {'exact', 'spill'} = 'exact'",  \\
+        "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'",  \\
+        "input_gradient: {'dfp', 'float32'} = 'dfp'",  \\
         "weight_gradient: {'dfp', 'float32'} = 'dfp'"
-    #define DFP_CONV_ATTRS                                                                         \\
-        "x_bits: int >= 8 = 14", "w_bits: int >= 8 = 14", "dy_bits: int >= 8 = 14",                \\
-        "strides: list(int)", "padding: {'VALID', 'SAME', 'EXPLICIT'} = 'VALID'",                  \\
-        "explicit_paddings: list(int) = []", "dilations: list(int)", "depthwise: bool = false",    \\
+    #define DFP_CONV_ATTRS  \\
+        "x_bits: int >= 8 = 14", "w_bits: int >= 8 = 14", "dy_bits: int >= 8 = 14",  \\
+        "strides: list(int)", "padding: {'VALID', 'SAME', 'EXPLICIT'} = 'VALID'",  \\
+        "explicit_paddings: list(int) = []", "dilations: list(int)", "depthwise: bool = false",  \\
         DFP_PRODUCT_ATTRS
 
     typedef struct {
@@ -549,7 +568,8 @@ cdef extern from *:
          {"q: int16", "e: int32"},
          {"mantissa_bits: int >= 8 = 14",
           "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'",
-          "seed: int = 0", "tensor_id: int = 0", "n_exponent: int >= 0 = 0", "n_step: int >= 0 = 0"}},
+          "seed: int = 0", "tensor_id: int = 0",
+          "n_exponent: int >= 0 = 0", "n_step: int >= 0 = 0"}},
         {"DfpDequantize", {"q: int16", "e: int32", "token: float"}, {"y: float"}, {0}},
         {"DfpToken", {"x: float"}, {"token: float"}, {"perm: list(int) = []"}},
         {"DfpMatmul", {DFP_OPERAND("a"), DFP_OPERAND("b")}, {"y: float"},
@@ -609,8 +629,8 @@ cdef bint register_all() noexcept nogil:
     register_op(2, unknown_shape, NULL, token_compute, st)
     register_op(3, matmul_shape, matmul_create, matmul_compute, st)
     register_op(4, conv_shape, conv_create, conv_compute, st)
-    register_op(5, unknown_shape, conv_input_create, conv_input_compute, st)
-    register_op(6, unknown_shape, conv_filter_create, conv_filter_compute, st)
+    register_op(5, conv_input_shape, conv_input_create, conv_input_compute, st)
+    register_op(6, conv_filter_shape, conv_filter_create, conv_filter_compute, st)
     good = tf.GetCode(st) == TF_OK
     tf.DeleteStatus(st)
     return good
