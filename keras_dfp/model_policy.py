@@ -49,14 +49,16 @@ def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolic
         raise ValueError(
             f"set_model_policy: policy must be a DFPPolicy or 'float32'; got {policy!r}."
         )
-    layers = [layer for layer in layers_in_order(model) if _has_float32_variables(layer)]
-    if not layers:
+    layers = list(layers_in_order(model))
+    changed = [layer for layer in layers if _has_float32_variables(layer)]
+    if not changed:
         raise ValueError(
             f"set_model_policy: no layer of model '{model.name}' has float32 variables "
             f"(its dtype policy is '{model.dtype_policy.name}')."
         )
-    for layer in layers:
+    for layer in changed:
         layer.dtype_policy = policy
+    for layer in layers:
         if isinstance(layer, Trainer):
             layer.train_function = layer.test_function = layer.predict_function = None
     _settle(model)

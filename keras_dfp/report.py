@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras.src import tree
 
 from keras_dfp import native
@@ -59,8 +60,8 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
     """Says which layers of a model run on integers, in which format, and why the others do not.
 
     The model is traced as for a training step, not run; so whatever multiplies is found, also in
-    custom layers that call TensorFlow directly (they stay FP32), except inside a `tf.function`
-    of the user's that was traced before.
+    custom layers that call TensorFlow directly (they stay FP32); except inside a `tf.function`
+    that needs AutoGraph and was traced before.
 
     Args:
         model: A Keras model or layer.
@@ -84,14 +85,7 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
             "describe: the plugin is not installed; call keras_dfp.backend.install()."
         )
     inputs = _symbolic_inputs(model, inputs, input_shape)
-    with recording.record() as products:
-        try:
-            keras.src.backend.compute_output_spec(model, inputs, training=True)
-        except Exception as error:
-            raise ValueError(
-                f"describe: model '{model.name}' cannot be called with inputs {inputs}. Pass "
-                f"inputs=, an example batch or keras.Input()s. The model raised: {error}"
-            ) from error
+    products = _trace(model, inputs)
     warn_of_unmatched_patterns(model)
     multiplying = {id(product.layer) for product in products}
     others = collections.Counter(
@@ -118,6 +112,27 @@ def _symbolic_inputs(model, inputs, input_shape):
             "pass input_shape=, or inputs=, an example batch or keras.Input()s."
         )
     return tree.map_shape_structure(keras.KerasTensor, shapes[0])
+
+
+def _trace(model, inputs) -> list[recording.Product]:
+    """Returns what the model multiplies in the forward pass of a training step."""
+    functions_run_eagerly = tf.config.functions_run_eagerly()
+    # What a tf.function of the user's multiplies shows only while it is traced, and it may have
+    # been before; so it is inlined. One that needs AutoGraph cannot be.
+    for inline in (True, False):
+        tf.config.run_functions_eagerly(inline)
+        try:
+            with recording.record() as products:
+                keras.src.backend.compute_output_spec(model, inputs, training=True)
+            return products
+        except Exception as exception:
+            error = exception
+        finally:
+            tf.config.run_functions_eagerly(functions_run_eagerly)
+    raise ValueError(
+        f"describe: model '{model.name}' cannot be called with inputs {inputs}. Pass inputs=, an "
+        f"example batch or keras.Input()s. The model raised: {error}"
+    ) from error
 
 
 def _symbolic(x):

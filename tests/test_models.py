@@ -109,8 +109,6 @@ def test_trains_and_comes_back_from_a_file(name, run_eagerly, tmp_path):
     predictions = model.predict(inputs, batch_size=8, verbose=0)
     assert np.isfinite(predictions).all()
     model.save(tmp_path / "model.keras")
-    keras_dfp.set_policy("float32")
-    with keras_dfp.policy_scope("dfp16" if isinstance(model, Subclassed) else "float32"):
-        restored = keras.models.load_model(tmp_path / "model.keras")
+    restored = keras.models.load_model(tmp_path / "model.keras")
     assert all(row["format"] for row in keras_dfp.describe(restored).rows)
     np.testing.assert_array_equal(restored.predict(inputs, batch_size=8, verbose=0), predictions)

@@ -102,8 +102,28 @@ def test_raw_tensorflow_in_a_custom_layer_shows_as_float32():
         ("raw", {"MatMul": 1}, None),
         ("raw", {"matmul": 1}, DFPFormat()),
     ]
-    assert "tf.matmul" not in str(keras_dfp.describe(model))
     assert "calls TensorFlow's MatMul directly" in str(keras_dfp.describe(model))
+
+
+def test_a_tensorflow_function_does_not_hide_what_it_multiplies():
+    square = tf.function(lambda x: tf.matmul(x, x))
+    model = keras.Sequential([keras.Input((4,)), layers.Lambda(square, name="square")])
+    for _ in range(2):
+        assert summary(model, input_shape=(4, 4)) == [("square", {"MatMul": 1}, None)]
+
+
+def test_a_tensorflow_function_that_needs_autograph():
+    @tf.function
+    def square(x):
+        if tf.reduce_sum(x) > 0:
+            x = -x
+        return tf.matmul(x, x)
+
+    class Square(layers.Layer):
+        def call(self, x):
+            return square(x)
+
+    assert summary(Square(name="square"), input_shape=(4, 4)) == [("square", {"MatMul": 1}, None)]
 
 
 def test_keras_dfp_ops_in_a_custom_layer_show_as_integers():
