@@ -38,6 +38,8 @@ cdef struct Gemm:
     int64_t chain           # products of a chain
     bint packed_b           # B is packed once, for all tasks
     bint carry              # partial sums wait in acc between blocks of K
+    int64_t splits          # K is shared out among this many tasks per block of C, in parts of
+    int64_t split_k         # this length; their sums are added at the end (integers: any order)
     bint fast               # the microkernel may scale and store,
     bint stream             # past the caches: C does not fit them, and its rows are aligned
     bint wide               # hi * 2**16 + lo is too narrow for all of K
@@ -65,7 +67,7 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
     cdef int64_t mr = kernel.mr, nr = kernel.nr
     cdef int64_t qq = <int64_t>qmax_of(g.a_bits) * qmax_of(g.b_bits)
     cdef int64_t limit = safe_chain(g.a_bits, g.b_bits, 0 if g.spill else 65535)
-    cdef int64_t tiles
+    cdef int64_t tiles, tasks
     g.scale = scale_of(g.exponent)
     g.narrow_k = (<int64_t>1 << 47) // qq // 2 * 2
     g.wide = not g.spill and g.k > g.narrow_k
@@ -90,14 +92,21 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
     g.mb = min(g.mb, round_up(max(g.m, <int64_t>1), mr))
     g.m_blocks = (g.m + g.mb - 1) // g.mb
     g.packed_b = not g.carry and g.m_blocks > 2
+    g.splits, g.split_k = 1, g.k
     g.nb = round_up(max(g.n, <int64_t>1), nr)
     if not g.packed_b:
         g.nb = min(g.nb, round_up(BLOCK_MN, nr))
-    # Enough tasks for all threads: halve the longer side.
+    # Enough tasks for all threads: split a long K, or halve the longer side of the blocks.
     while True:
         g.m_blocks = (g.m + g.mb - 1) // g.mb
         g.n_blocks = (g.n + g.nb - 1) // g.nb
-        if g.threads == 1 or g.batch * g.m_blocks * g.n_blocks >= 2 * g.threads:
+        tasks = max(g.batch * g.m_blocks * g.n_blocks, <int64_t>1)
+        if g.threads == 1 or tasks >= 2 * g.threads:
+            break
+        if g.carry and not g.spill:
+            g.splits = (2 * g.threads + tasks - 1) // tasks
+            g.split_k = round_up((g.k + g.splits - 1) // g.splits, g.kb)
+            g.splits = (g.k + g.split_k - 1) // g.split_k
             break
         if g.mb >= g.nb and g.mb > mr:
             g.mb = round_up(g.mb // 2, mr)
@@ -116,6 +125,10 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
     g.acc_bytes = g.tile_bytes * (tiles if g.carry else 1)
     g.task_bytes = g.a_bytes + g.b_bytes + g.acc_bytes + round_up(mr * nr * sizeof(float), ALIGN)
     g.shared_bytes = 0
+    if g.splits > 1:
+        # The sums outlive their tasks.
+        g.shared_bytes = g.splits * tasks * g.acc_bytes
+        g.task_bytes -= g.acc_bytes
     if g.packed_b:
         g.shared_bytes = round_up(g.batch * round_up(g.n, nr) * round_up(g.k, 2) * 2, ALIGN)
 
@@ -153,7 +166,9 @@ cdef void gemm_run(Gemm* g, char* scratch) noexcept nogil:
     g.scratch = <char*>round_up(<int64_t>scratch, ALIGN)
     if g.packed_b:
         parallel_for(pack_b_task, g, g.batch * panels, g.threads)
-    parallel_for(gemm_task, g, g.batch * g.m_blocks * g.n_blocks, g.threads)
+    parallel_for(gemm_task, g, g.batch * g.m_blocks * g.n_blocks * g.splits, g.threads)
+    if g.splits > 1:
+        parallel_for(add_splits_task, g, g.batch * g.m_blocks * g.n_blocks, g.threads)
 
 
 cdef void pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
@@ -164,52 +179,81 @@ cdef void pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
                  0, g.k, <int16_t*>g.scratch + i * kernel.nr * round_up(g.k, 2))
 
 
+# The part of C a task computes, and where its sums wait.
+cdef struct Block:
+    int64_t item, m0, n0, mc, nc
+    float* c
+    char* acc
+    float* spare                # one tile, for results that do not fill a tile of C
+    bint first, last            # is this the first, the last block of K?
+    bint flush                  # does hi have to be emptied after it?
+    int64_t since_flush         # products summed since it was
+
+
+cdef void locate_block(Gemm* g, int64_t i, char* mine, Block* block) noexcept nogil:
+    """Finds the i-th block of C and where its sums wait; `mine` is the thread's scratch."""
+    cdef int64_t n_block = i % g.n_blocks, m_block = i // g.n_blocks % g.m_blocks
+    block.item = i // g.n_blocks // g.m_blocks
+    block.m0, block.n0 = m_block * g.mb, n_block * g.nb
+    block.mc, block.nc = min(g.mb, g.m - block.m0), min(g.nb, g.n - block.n0)
+    block.c = g.c + block.item * g.c_batch
+    block.spare = <float*>(mine + g.a_bytes + g.b_bytes)
+    block.acc = <char*>block.spare + round_up(kernel.mr * kernel.nr * sizeof(float), ALIGN)
+    if g.splits > 1:
+        block.acc = g.scratch + i * g.splits * g.acc_bytes
+
+
 cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
-    cdef int64_t item = i // (g.m_blocks * g.n_blocks)
-    cdef int64_t m0 = i // g.n_blocks % g.m_blocks * g.mb
-    cdef int64_t n0 = i % g.n_blocks * g.nb
-    cdef int64_t mc = min(g.mb, g.m - m0), nc = min(g.nb, g.n - n0)
-    cdef int64_t nr = kernel.nr, panel, k0, kc, pairs
+    cdef int64_t nr = kernel.nr, panels = (g.n + nr - 1) // nr, split = i % g.splits
+    cdef int64_t k0 = split * g.split_k, end = min(g.k, k0 + g.split_k), panel, kc, pairs
     cdef char* mine = g.scratch + g.shared_bytes + thread * g.task_bytes
     cdef int16_t* a_pack = <int16_t*>mine
     cdef int16_t* b_pack = <int16_t*>(mine + g.a_bytes)
     cdef const int16_t* b
     cdef ABlock a
     cdef Block block
-    block.m0, block.n0, block.mc, block.nc = m0, n0, mc, nc
-    block.c = g.c + item * g.c_batch
-    block.acc = mine + g.a_bytes + g.b_bytes
-    block.spare = <float*>(block.acc + g.acc_bytes)
+    locate_block(g, i // g.splits, mine, &block)
+    block.acc += split * g.acc_bytes if g.splits > 1 else 0
     if g.k == 0:
         clear_block(g, &block)
         return
-    k0 = 0
-    while k0 < g.k:
-        kc = next_block(g, k0)
+    block.first = True
+    block.since_flush = 0
+    while k0 < end:
+        kc = min(next_block(g, k0), end - k0)
         pairs = (kc + 1) // 2
-        block.first, block.last = k0 == 0, k0 + kc >= g.k
-        block.flush = g.wide and (k0 // g.kb + 1) % (g.narrow_k // g.kb) == 0
-        pack_a(&g.a, g.a.data + item * g.a_batch, m0, mc, k0, kc, a_pack, &a)
-        for panel in range((nc + nr - 1) // nr):
+        block.last = k0 + kc >= g.k and g.splits == 1
+        block.since_flush += kc
+        block.flush = g.wide and block.since_flush + g.kb > g.narrow_k
+        pack_a(&g.a, g.a.data + block.item * g.a_batch, block.m0, block.mc, k0, kc, a_pack, &a)
+        for panel in range((block.nc + nr - 1) // nr):
             if g.packed_b:
-                b = <int16_t*>g.scratch + ((item * ((g.n + nr - 1) // nr) + n0 // nr + panel)
-                                           * round_up(g.k, 2)) * nr
+                b = (<int16_t*>g.scratch + (block.item * panels + block.n0 // nr + panel)
+                     * round_up(g.k, 2) * nr)
             else:
                 b = b_pack
-                pack_b_panel(&g.b, g.b.data + item * g.b_batch, n0 + panel * nr,
-                             min(nr, nc - panel * nr), k0, kc, b_pack)
-            multiply_panel(g, &block, &a, b, panel, pairs, min(round_up(g.segment, 2) // 2, pairs))
+                pack_b_panel(&g.b, g.b.data + block.item * g.b_batch, block.n0 + panel * nr,
+                             min(nr, block.nc - panel * nr), k0, kc, b_pack)
+            multiply_panel(g, &block, &a, b, panel, pairs,
+                           min(round_up(g.segment, 2) // 2, pairs))
+        if block.flush:
+            block.since_flush = 0
+        block.first = False
         k0 += kc
 
 
-# The part of C a task computes, and where its sums wait.
-cdef struct Block:
-    int64_t m0, n0, mc, nc
-    float* c
-    char* acc
-    float* spare                # one tile, for results that do not fill a tile of C
-    bint first, last, flush
+cdef void add_splits_task(void* work, int64_t i, int thread) noexcept nogil:
+    """Adds up what the tasks that shared a block of C have summed, and rounds it."""
+    cdef Gemm* g = <Gemm*>work
+    cdef int64_t mr = kernel.mr, nr = kernel.nr, panel, t
+    cdef Block block
+    locate_block(g, i, g.scratch + g.shared_bytes + thread * g.task_bytes, &block)
+    for panel in range((block.nc + nr - 1) // nr):
+        for t in range((block.mc + mr - 1) // mr):
+            round_tile(g, block.acc + (panel * (g.mb // mr) + t) * g.tile_bytes, block.spare)
+            store_tile(g, &block, t * mr, panel * nr, min(mr, block.mc - t * mr),
+                       min(nr, block.nc - panel * nr))
 
 
 cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int64_t panel,
@@ -244,8 +288,8 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
             kernel.spill(&tile)
         else:
             kernel.exact(&tile)
-        if g.wide and (block.first or block.flush or block.last):
-            widen(acc, mr * nr, block.first, block.flush or block.last)
+        if g.wide and (block.first or block.flush):
+            widen(acc, mr * nr, block.first, block.flush)
         if block.last and not g.fast:
             round_tile(g, acc, block.spare)
         if block.last and not direct:
@@ -267,17 +311,25 @@ cdef void widen(char* acc, int64_t n, bint first, bint flush) noexcept nogil:
 
 
 cdef void round_tile(Gemm* g, char* acc, float* out) noexcept nogil:
-    """Rounds a tile's sums the careful way: any exponent, any length of K."""
-    cdef int64_t i, n = kernel.mr * kernel.nr
-    cdef int32_t* hi = <int32_t*>acc
-    cdef int32_t* lo = hi + n
-    cdef int64_t* wide = <int64_t*>(lo + n)
-    cdef float* sums = <float*>acc
+    """Rounds a tile's sums the careful way: any exponent, any length of K, any number of splits."""
+    cdef int64_t i, split, total, n = kernel.mr * kernel.nr
+    cdef int32_t* hi
+    cdef int32_t* lo
+    cdef int64_t* wide
+    if g.spill:
+        for i in range(n):
+            out[i] = <float>((<float*>acc)[i] * g.scale)
+        return
     for i in range(n):
-        if g.spill:
-            out[i] = <float>(sums[i] * g.scale)
-        else:
-            out[i] = dfp_round(wide[i] if g.wide else <int64_t>hi[i] * 65536 + lo[i], g.scale)
+        total = 0
+        for split in range(g.splits):
+            hi = <int32_t*>(acc + split * g.acc_bytes)
+            lo = hi + n
+            wide = <int64_t*>(lo + n)
+            total += <int64_t>hi[i] * 65536 + lo[i]
+            if g.wide:
+                total += wide[i]
+        out[i] = dfp_round(total, g.scale)
 
 
 cdef void store_tile(Gemm* g, Block* block, int64_t m, int64_t n, int64_t rows,
