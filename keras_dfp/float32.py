@@ -76,8 +76,8 @@ def _tap(window, w, depthwise):
         return tf.reshape(y, tf.concat([outer, [w.shape[0] * w.shape[1]]], 0))
     per_group, filters = w.shape
     groups = window.shape[-1] // per_group
-    grouped = tf.reshape(window, tf.concat([outer, [groups, per_group]], 0))
-    y = tf.einsum(
-        "...gc,cgf->...gf", grouped, tf.reshape(w, [per_group, groups, filters // groups])
-    )
+    # Matrix products and not tf.einsum, which returned wrong sums here under TensorFlow 2.16.
+    grouped = tf.reshape(window, tf.concat([outer, [groups, 1, per_group]], 0))
+    w = tf.reshape(w, [per_group, groups, filters // groups])
+    y = tf.matmul(grouped, tf.transpose(w, [1, 0, 2]))
     return tf.reshape(y, tf.concat([outer, [filters]], 0))

@@ -54,6 +54,7 @@ def info() -> Info:
     """
     from keras_dfp import backend
 
+    native.follow_thread_setting()
     extension = native.extension
     build: dict[str, Any] = extension.build_info()
     return Info(
@@ -61,7 +62,7 @@ def info() -> Info:
         cpu_features=extension.cpu_features(),
         isa=extension.isa(),
         kernels=extension.isas(),
-        threads=tf.config.threading.get_intra_op_parallelism_threads() or extension.threads(),
+        threads=extension.threads(),
         plugin="installed" if backend.installed() else "not installed",
         keras_dfp=__version__,
         keras=keras.__version__,

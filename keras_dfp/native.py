@@ -63,6 +63,16 @@ def _load():
 
 
 lib, extension = _load()
+_threads = 0
+
+
+def follow_thread_setting():
+    """Lets the kernels use as many threads as TensorFlow is told to use for one op."""
+    global _threads
+    threads = tf.config.threading.get_intra_op_parallelism_threads()
+    if threads != _threads:
+        extension.set_threads(threads)
+        _threads = threads
 
 
 class Operand(NamedTuple):

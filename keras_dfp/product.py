@@ -130,8 +130,8 @@ def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> d
 
 def multiply(op: str, fmt: DFPFormat, product: Product, first: View, second: View) -> tf.Tensor:
     """Returns the product of two tensors, each of its three products in the arithmetic of `fmt`."""
-    _refuse_xla(op)
-    _follow_thread_setting()
+    refuse_xla(f"keras_dfp.ops.{op}")
+    native.follow_thread_setting()
     if "forward" in fmt.products:
         return product.dfp(first.operand(fmt), second.operand(fmt))
 
@@ -148,25 +148,12 @@ def multiply(op: str, fmt: DFPFormat, product: Product, first: View, second: Vie
     return float32_forward(first.float32(), second.float32())
 
 
-def _refuse_xla(op: str):
+def refuse_xla(what: str):
+    """Raises while a function with `jit_compile=True` is traced; `what` runs on integers in it."""
     if tf.executing_eagerly():
         return
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        where = tf.get_current_name_scope()
         raise RuntimeError(
-            f"keras_dfp: {f'layer {where!r}' if where else f'keras_dfp.ops.{op}'} is traced inside "
-            "a function with jit_compile=True, but DFP ops have no XLA kernel. Use "
-            "jit_compile=False, or dtype='float32' for this layer."
+            f"keras_dfp: {what} runs on integers inside a function with jit_compile=True, and XLA "
+            "has no kernels for that. Use jit_compile=False, or dtype='float32' for this layer."
         )
-
-
-_threads = 0
-
-
-def _follow_thread_setting():
-    """Lets the kernels use as many threads as TensorFlow is told to use for one op."""
-    global _threads
-    threads = tf.config.threading.get_intra_op_parallelism_threads()
-    if threads != _threads:
-        native.extension.set_threads(threads)
-        _threads = threads

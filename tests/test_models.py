@@ -8,9 +8,9 @@ from keras import layers
 import keras_dfp
 
 RNG = np.random.default_rng(0)
-IMAGES = RNG.standard_normal((8, 32, 32, 3)).astype("float32")
-TOKENS = RNG.integers(0, 50, (8, 12))
-LABELS = np.arange(8) % 4
+IMAGES = RNG.standard_normal((16, 32, 32, 3)).astype("float32")
+TOKENS = RNG.integers(0, 50, (16, 12))
+LABELS = np.arange(16) % 4
 
 
 @keras.saving.register_keras_serializable(package="keras_dfp_tests")
@@ -102,13 +102,13 @@ def test_trains_and_comes_back_from_a_file(name, run_eagerly, tmp_path):
         "sparse_categorical_crossentropy",
         run_eagerly=run_eagerly,
     )
-    losses = model.fit(inputs, LABELS, batch_size=8, epochs=6, verbose=0).history["loss"]
+    losses = model.fit(inputs, LABELS, batch_size=16, epochs=6, verbose=0).history["loss"]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
 
-    predictions = model.predict(inputs, batch_size=8, verbose=0)
+    predictions = model.predict(inputs, batch_size=16, verbose=0)
     assert np.isfinite(predictions).all()
     model.save(tmp_path / "model.keras")
     restored = keras.models.load_model(tmp_path / "model.keras")
     assert all(row["format"] for row in keras_dfp.describe(restored).rows)
-    np.testing.assert_array_equal(restored.predict(inputs, batch_size=8, verbose=0), predictions)
+    np.testing.assert_array_equal(restored.predict(inputs, batch_size=16, verbose=0), predictions)

@@ -10,12 +10,12 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn
 from keras.src.backend.tensorflow import numpy as knp
-from tensorflow.python.ops import control_flow_util
 
 from keras_dfp import ops
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import Decision, calling_layer, decide
 from keras_dfp.backend.registry import replaces
+from keras_dfp.product import refuse_xla
 
 # The operands come first; what follows them are the options that keras_dfp.ops takes too.
 _CONV = "strides padding data_format dilation_rate"
@@ -54,7 +54,7 @@ def _route(name: str, split, original):
         with recording.product(layer, name, decision):
             if decision.format is None:
                 return original(*args, **kwargs)
-            _refuse_xla(layer, name)
+            refuse_xla(f"layer '{layer.path or layer.name}'")
             with ops.format_scope(decision.format):
                 return getattr(ops, name)(*args, **kwargs)
 
@@ -71,18 +71,6 @@ def _check_operands(decision: Decision, operands) -> Decision:
         if dtype != "float32":
             return Decision(None, f"an operand is {dtype}")
     return decision
-
-
-def _refuse_xla(layer, name: str) -> None:
-    """Raises for a user's own `tf.function(jit_compile=True)`; models fall back by themselves."""
-    if tf.executing_eagerly():
-        return
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        raise RuntimeError(
-            f"keras_dfp: layer '{layer.path or layer.name}' runs {name} on integers, inside a "
-            "function with jit_compile=True; XLA has no kernels for that. Use jit_compile=False, "
-            "or dtype='float32' for this layer."
-        )
 
 
 def _register(owner, name: str, operands: int, parameters: str) -> None:
