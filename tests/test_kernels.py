@@ -122,6 +122,13 @@ def test_dequantize(e):
     assert_same_bits(y, reference.dequantize(q, e))
 
 
+def test_quantize_takes_one_exponent_and_one_step():
+    with pytest.raises(Exception, match="at most one scalar"):
+        lib.dfp_quantize(x=np.ones(4, np.float32), exponent=[np.int32(1)] * 200, step=[])
+    with pytest.raises(Exception, match="scalar"):
+        lib.dfp_quantize(x=np.ones(4, np.float32), exponent=[np.int32([1, 2])], step=[])
+
+
 def test_quantize_does_not_depend_on_flush_modes():
     """TensorFlow flushes subnormals on its own threads, where a graph's ops run."""
     import tensorflow as tf

@@ -12,7 +12,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dfp import contraction, convolution, native, ops, product, reference
+from keras_dfp import contraction, convolution, native, ops, reference
 from keras_dfp.number import DFPFormat
 
 FORWARD_ONLY = DFPFormat(products=("forward",))

@@ -134,7 +134,9 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     # Both lists are optional and hold at most one scalar; what they are is seen by their type, and
     # an exponent (int32) comes before a step (int64).
     n = tf.NumInputs(context)
-    for i in range(1, n):
+    if n > 3:
+        fail(&c, "exponent and step must hold at most one scalar each")
+    for i in range(1, min(n, 3)):
         data = get_input(&c, i, "exponent or step", &other)
         if ok(&c) and other.rank != 0:
             fail(&c, "exponent and step must be scalars")
