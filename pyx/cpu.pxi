@@ -37,7 +37,7 @@ cdef extern from "microkernels/table.h" nogil:
         const dfp_kernel* kernel
         int (*supported)() noexcept nogil
     const dfp_isa* dfp_isas
-    const int DFP_ISAS, DFP_MAX_TILE
+    const int DFP_ISAS
     float dfp_round(int64_t sum, double scale) noexcept
 
 # The kernel in use. Set when the library is loaded; without an initialiser, because the module's

@@ -46,8 +46,8 @@ typedef struct {
  * Terms come in segments of `segment` terms, and a chain of int32 additions is at most `chain`
  * terms long and ends with its segment. The wide sums are int64 (exact) or float32 (spill, chains
  * added in order); they start from wide/floats if `resume`, else from zero. If `y` is not NULL the
- * sums go there, rounded once after an exact scaling by 2**exponent-as-double `scale`; else they
- * go back to wide/floats. Exactly one of wide and floats is not NULL. */
+ * sums go there, times `scale`, a power of two, and rounded once; else they go back to
+ * wide/floats. Exactly one of wide and floats is not NULL. */
 typedef struct {
     const int16_t **x;
     const int16_t **w;
@@ -80,7 +80,6 @@ typedef struct {
     int64_t (*peak)(int64_t rounds);
 } dfp_kernel;
 
-#define DFP_MAX_TILE 512 /* mr * nr of the largest tile */
 #define DFP_CAT_(a, b) a##b
 #define DFP_CAT(a, b) DFP_CAT_(a, b)
 
