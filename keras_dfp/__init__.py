@@ -26,7 +26,7 @@ if _keras.backend.backend() != "tensorflow":
         '"backend": "tensorflow" in ~/.keras/keras.json, before Keras is imported.'
     )
 
-from keras_dfp import backend, ops, reference
+from keras_dfp import backend, layers, ops, reference, zoo
 from keras_dfp.info import info
 from keras_dfp.model_policy import set_model_policy
 from keras_dfp.number import DFPFormat, DFPTensor, quantize
@@ -42,12 +42,14 @@ __all__ = [
     "backend",
     "describe",
     "info",
+    "layers",
     "ops",
     "policy_scope",
     "quantize",
     "reference",
     "set_model_policy",
     "set_policy",
+    "zoo",
 ]
 
 backend.install()

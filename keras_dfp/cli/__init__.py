@@ -31,7 +31,7 @@ def main() -> None:
     \b
     Examples:
       keras-dfp train                float32 against dfp16, on handwritten digits
-      keras-dfp describe ResNet50    which layers run on integers, and why others do not
+      keras-dfp describe resnet50    which layers run on integers, and why others do not
       keras-dfp info                 CPU, kernels, threads, versions
     """
 

@@ -9,6 +9,7 @@ import click
 import keras
 
 import keras_dfp
+from keras_dfp import zoo
 
 
 @click.command()
@@ -22,11 +23,12 @@ import keras_dfp
 def describe(model: str, policy: str | None) -> None:
     """Show what runs on integers in MODEL, layer by layer, and why the rest stays FP32.
 
-    MODEL is a .keras file, or the name of a model of keras.applications.
+    MODEL is a .keras file, the name of a network of the zoo (alexnet, googlenet_v1, lenet,
+    resnet20, resnet50, vgg16), or of a model of keras.applications.
 
     \b
     Examples:
-      keras-dfp describe ResNet50
+      keras-dfp describe resnet50
       keras-dfp describe mobilenetv2 --policy dfp16_paper
       keras-dfp describe runs/lenet/dfp16.keras
     """
@@ -54,18 +56,22 @@ def load(path: Path) -> keras.Model:
 
 
 def build(name: str) -> keras.Model:
-    """Returns a model of keras.applications, untrained."""
+    """Returns a network of the zoo, or else a model of keras.applications, untrained."""
+    if name in zoo.list():
+        return zoo.load(name)
     applications = {
         key.lower(): value
         for key, value in vars(keras.applications).items()
         if key[0].isupper() and callable(value)
     }
-    if name.lower() not in applications:
-        close = difflib.get_close_matches(name.lower(), applications)
-        names = [applications[key].__name__ for key in (close or sorted(applications))]
-        raise click.BadParameter(
-            f"{name!r} is neither a .keras file nor a model of keras.applications. "
-            f"{'Did you mean' if close else 'There are'}: {', '.join(names)}",
-            param_hint="MODEL",
-        )
-    return applications[name.lower()](weights=None)
+    if name.lower() in applications:
+        return applications[name.lower()](weights=None)
+    names = {key: key for key in zoo.list()}
+    names |= {key: value.__name__ for key, value in applications.items() if key not in names}
+    close = difflib.get_close_matches(name.lower(), names)
+    there = ", ".join(names[key] for key in (close or sorted(names)))
+    raise click.BadParameter(
+        f"{name!r} is neither a .keras file nor the name of a network of the zoo or of "
+        f"keras.applications. {'Did you mean' if close else 'There are'}: {there}",
+        param_hint="MODEL",
+    )

@@ -12,6 +12,7 @@ import click
 import keras
 
 import keras_dfp
+from keras_dfp import zoo
 from keras_dfp.cli import lenet
 from keras_dfp.cli.files import written_whole
 
@@ -82,8 +83,7 @@ def train(
     for policy in dict.fromkeys(policies):
         click.secho(f"\nTraining {network} under {policy}", bold=True)
         keras.utils.set_random_seed(seed)
-        with keras_dfp.policy_scope(policy):
-            model = lenet.build()
+        model = zoo.load(network, policy=policy, classifier_activation=None)
         steps = epochs * -(-len(train_data[0]) // batch_size)
         model.compile(
             keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(lr, steps)),

@@ -1,0 +1,218 @@
+"""The zoo: networks of the paper, and small ones, with the recipes that train them.
+
+>>> from keras_dfp import zoo
+>>> zoo.list()
+['alexnet', 'googlenet_v1', 'lenet', 'resnet20', 'resnet50', 'vgg16']
+>>> model = zoo.load("resnet50", policy="dfp16")
+>>> recipe = zoo.recipe("resnet50")                          # how to train it
+>>> preprocess = zoo.preprocessing("resnet50")               # images as the recipe wants them
+
+>>> model = zoo.load("resnet50", weights="imagenet")         # trained weights
+>>> preprocess = zoo.preprocessing("resnet50", "imagenet")   # images as those weights want them
+
+The networks themselves are in the folder `model_zoo`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_dfp import model_zoo
+from keras_dfp import recipe as recipes
+from keras_dfp.policy import policy_scope
+from keras_dfp.recipe import Recipe
+
+# The networks whose trained weights keras.applications offers: its function, its module.
+_IMAGENET = {
+    "resnet50": (keras.applications.ResNet50, keras.applications.resnet),
+    "vgg16": (keras.applications.VGG16, keras.applications.vgg16),
+}
+_FOLDER = Path(model_zoo.__file__).parent
+
+
+def load(
+    name: str,
+    input_shape: tuple[int, int, int] | None = None,
+    classes: int | None = None,
+    weights: str | os.PathLike | None = None,
+    policy: str | keras.DTypePolicy | None = None,
+    **options: Any,
+) -> keras.Model:
+    """Returns a network of the zoo.
+
+    Args:
+        name: One of `list()`.
+        input_shape: Height, width and channels of an image. `None`: those of the network's paper,
+            such as `(224, 224, 3)`.
+        classes: Number of classes. `None`: 1000 for the networks of ImageNet, 10 for the others.
+        weights: `None` for random ones, drawn as the recipe wants it; `"imagenet"` for those of
+            `keras.applications`, downloaded at first use (`"resnet50"` and `"vgg16"` only); or a
+            file: `.weights.h5`, `.keras`, or `.h5` of `keras.applications`. Each kind of weights
+            wants its own input: `preprocessing(name, weights)`.
+        policy: A `DFPPolicy` or any other dtype policy, or its name, for the layers of the model.
+            `None`: the global policy. The global policy stays as it is.
+        **options: What else the network's `build` takes, such as `classifier_activation=None` for
+            logits, or `auxiliary=True` for GoogLeNet's auxiliary classifiers.
+
+    Raises:
+        ValueError: If there is no such network, option or `"imagenet"` weights, or if the weights
+            do not fit.
+        FileNotFoundError: If `weights` is a file that does not exist.
+
+    Example:
+
+    >>> model = zoo.load("alexnet", input_shape=(64, 64, 3), classes=10, policy="dfp16")
+    """
+    _check_name(name)
+    architecture = importlib.import_module(f"{model_zoo.__name__}.{name}.architecture")
+    _check_options(name, architecture.build, options)
+    if keras.config.image_data_format() != "channels_last":
+        raise ValueError(
+            "zoo.load: the networks of the zoo are channels_last, but Keras's image_data_format "
+            f"is {keras.config.image_data_format()!r}. "
+            "Call keras.config.set_image_data_format('channels_last')."
+        )
+    if input_shape is not None:
+        options["input_shape"] = _checked_shape(input_shape)
+    if classes is not None:
+        options["classes"] = _checked_classes(classes)
+    if weights == "imagenet":
+        _check_imagenet(name)
+    elif weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"zoo.load: weights must be None, 'imagenet' or a file; there is no file {weights!r}."
+        )
+    with contextlib.nullcontext() if policy is None else policy_scope(policy):
+        model = architecture.build(**options)
+    if weights == "imagenet":
+        _load_imagenet(model)
+    elif weights is not None:
+        try:
+            model.load_weights(weights)
+        except ValueError as error:
+            raise ValueError(
+                f"zoo.load: the weights in {os.fspath(weights)!r} do not fit {name!r} with input "
+                f"{model.input_shape[1:]} and output {model.output_shape}: {error}"
+            ) from error
+    return model
+
+
+def recipe(name: str) -> Recipe:
+    """Returns how a network of the zoo is trained.
+
+    Args:
+        name: One of `list()`.
+
+    Raises:
+        ValueError: If there is no such network, or if its file is wrong.
+    """
+    _check_name(name)
+    return recipes.read(_FOLDER / name / "recipe.toml", name)
+
+
+def preprocessing(
+    name: str, weights: str | os.PathLike | None = None
+) -> Callable[[Any], keras.KerasTensor]:
+    """Returns the function that makes images the input of a network with certain weights.
+
+    Args:
+        name: One of `list()`.
+        weights: What `load` was given. `"imagenet"`: the function is that of `keras.applications`.
+            `None` or a file: it is that of the recipe, `(images - mean) / std`.
+
+    Returns:
+        A function from images, `(..., height, width, channels)` of 0 to 255, in any dtype, RGB or
+        grey, to float32 of the same shape. It does not change the images' size. It may be called
+        on arrays, on tensors and within `tf.data`.
+
+    Raises:
+        ValueError: If there is no such network, or no `"imagenet"` weights for it.
+
+    Example:
+
+    >>> preprocess = zoo.preprocessing("vgg16", "imagenet")
+    >>> model.predict(preprocess(images))
+    """
+    _check_name(name)
+    if weights == "imagenet":
+        _check_imagenet(name)
+        _, module = _IMAGENET[name]
+        return lambda images: module.preprocess_input(
+            keras.ops.cast(images, "float32"), data_format="channels_last"
+        )
+    images = recipe(name).images
+    return lambda batch: (keras.ops.cast(batch, "float32") - images.mean) / images.std
+
+
+def _check_name(name: str) -> None:
+    if name not in list():
+        close = difflib.get_close_matches(str(name), list())
+        raise ValueError(
+            f"There is no network {name!r} in the zoo. "
+            f"{'Did you mean' if close else 'There are'}: {', '.join(close or list())}"
+        )
+
+
+def _check_options(name: str, build: Callable, options: dict[str, Any]) -> None:
+    known = [key for key in inspect.signature(build).parameters if key not in _LOAD]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name!r} has no option {option!r}; it has: {', '.join(known)}")
+
+
+_LOAD = frozenset(inspect.signature(load).parameters)
+
+
+def _checked_shape(shape: Any) -> tuple[int, int, int]:
+    try:
+        height, width, channels = map(operator.index, shape)
+    except (TypeError, ValueError):
+        height = width = channels = 0
+    if min(height, width, channels) < 1:
+        raise ValueError(
+            f"zoo.load: input_shape must be (height, width, channels), all above 0; got {shape!r}."
+        )
+    return height, width, channels
+
+
+def _checked_classes(classes: Any) -> int:
+    if not isinstance(classes, int) or classes < 1:
+        raise ValueError(f"zoo.load: classes must be a whole number above 0; got {classes!r}.")
+    return classes
+
+
+def _check_imagenet(name: str) -> None:
+    if name not in _IMAGENET:
+        raise ValueError(
+            f"There are no trained weights of {name!r}: keras.applications has none. "
+            f"weights='imagenet' is for {' and '.join(map(repr, _IMAGENET))}."
+        )
+
+
+def _load_imagenet(model: keras.Model) -> None:
+    application, _ = _IMAGENET[model.name]
+    try:
+        trained = application(weights="imagenet")
+        model.set_weights(trained.get_weights())
+    except ValueError as error:
+        raise ValueError(
+            f"zoo.load: the 'imagenet' weights are for 1000 classes and {trained.input_shape[1:]} "
+            f"images; {model.name!r} has input {model.input_shape[1:]} and output "
+            f"{model.output_shape}: {error}"
+        ) from error
+
+
+# Last, because it hides Python's own from here on.
+def list() -> list[str]:
+    """Returns the names of the networks, sorted."""
+    return sorted(path.parent.name for path in _FOLDER.glob("*/recipe.toml"))
