@@ -15,7 +15,6 @@ cdef enum:
     BLOCK_K = 512           # of this length,
     BLOCK_MN = 256          # for tasks of this many rows and columns
     STREAM = 16777216       # bytes of C that no cache keeps until it is read
-    SMALL = 200000          # products below which a parallel region costs more than it saves
     ALIGN = 64
 
 cdef struct Gemm:
@@ -140,8 +139,9 @@ cdef void plan_spill(Gemm* g, int64_t limit) noexcept nogil:
     if limit % 2 and limit < g.segment:
         # An odd chain would end within a pair: one block of K is one chain, padded to pairs.
         g.kb = limit
-    elif g.segment <= LONG_K:
-        g.kb = min(g.k, LONG_K // max(g.segment, <int64_t>1) * g.segment)
+    elif g.segment <= max(<int64_t>LONG_K, limit):
+        # Whole segments: a block that ended within one would end within a chain.
+        g.kb = max(LONG_K // max(g.segment, <int64_t>1), <int64_t>1) * g.segment
     else:
         g.kb = max(limit, LONG_K // limit * limit)
     g.kb = min(g.kb, g.k)

@@ -11,6 +11,9 @@ cdef extern from *:
 
     static pthread_mutex_t dfp_team = PTHREAD_MUTEX_INITIALIZER;
     static volatile int dfp_forked, dfp_thread_limit;
+    /* Products below which a parallel region costs more than it saves. */
+    enum { DFP_SMALL = 200000 };
+    static volatile int64_t dfp_small = DFP_SMALL;
     static void dfp_in_child(void) { dfp_forked = 1; }
     static void dfp_watch_forks(void) { pthread_atfork(NULL, NULL, dfp_in_child); }
     static int dfp_take_team(void) { return pthread_mutex_trylock(&dfp_team) == 0; }
@@ -47,6 +50,8 @@ cdef extern from *:
     """
     ctypedef unsigned long float_env
     int dfp_forked, dfp_thread_limit
+    int64_t DFP_SMALL
+    int64_t SMALL "dfp_small"
     void dfp_watch_forks() noexcept nogil
     bint dfp_take_team() noexcept nogil
     void dfp_leave_team() noexcept nogil

@@ -1,17 +1,13 @@
 """Every kernel on every instruction set, compared with the contract bit for bit."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import ISAS, TOKEN, Case, assert_same_bits, mantissas
 
 from keras_dfp import reference
 from keras_dfp.native import extension, lib
-
-ISAS = [entry["name"] for entry in extension.isas() if entry["available"]]
-TOKEN = np.zeros(0, np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +16,6 @@ def _restore():
     yield
     extension.set_isa(isa)
     extension.set_threads(0)
-
-
-def mantissas(rng, shape, bits, kind="random"):
-    """Random mantissas, or extreme ones: all of the largest magnitude."""
-    q = reference.qmax(bits)
-    if kind == "extreme":
-        return np.full(shape, q, np.int16)
-    if kind == "signs":
-        return (rng.choice([-q, q], shape)).astype(np.int16)
-    return rng.integers(-q, q + 1, shape).astype(np.int16)
-
-
-def assert_same_bits(actual, expected):
-    actual = np.asarray(actual)
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    view = {4: np.uint32, 8: np.uint64}[actual.itemsize]
-    np.testing.assert_array_equal(actual.view(view), expected.view(view))
 
 
 # ---- Quantise ------------------------------------------------------------------------------------
@@ -253,43 +232,11 @@ def test_matmul_of_nan_is_nan():
 # ---- Convolutions --------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A convolution; `image` and `kernel` give the spatial dimensions."""
-
-    image: tuple
-    kernel: tuple
-    channels: int = 4
-    filters: int = 6  # of all groups; the multiplier of a depthwise convolution
-    strides: tuple = ()
-    dilations: tuple = ()
-    padding: object = "valid"
-    groups: int = 1
-    depthwise: bool = False
-    batch: int = 2
-
-    @property
-    def options(self):
-        ones = (1,) * len(self.image)
-        return dict(
-            strides=self.strides or ones, dilations=self.dilations or ones, padding=self.padding
-        )
-
-    @property
-    def attributes(self):
-        options = self.options
-        explicit = not isinstance(self.padding, str)
-        options["padding"] = "EXPLICIT" if explicit else self.padding.upper()
-        options["explicit_paddings"] = list(np.ravel(self.padding)) if explicit else []
-        return dict(options, depthwise=self.depthwise)
-
-
 def check_conv(case, rng, x_bits, w_bits, dy_bits, accumulation, kind, exponents=(-5, -7, 2)):
     """Compares the three passes with the reference."""
     ex, ew, ed = exponents
-    kernel_channels = case.channels if case.depthwise else case.channels // case.groups
-    x = mantissas(rng, (case.batch, *case.image, case.channels), x_bits, kind)
-    w = mantissas(rng, (*case.kernel, kernel_channels, case.filters), w_bits, kind)
+    x = mantissas(rng, case.input_shape, x_bits, kind)
+    w = mantissas(rng, case.kernel_shape, w_bits, kind)
     prefix = "depthwise_conv" if case.depthwise else "conv"
     options = dict(case.options, accumulation=accumulation)
     expected = getattr(reference, prefix)(x, ex, w, ew, x_bits=x_bits, w_bits=w_bits, **options)
@@ -409,65 +356,3 @@ def test_conv_at_the_ends_of_float32(isa, accumulation, name):
             np.testing.assert_array_equal(y, expected)
         else:
             check_conv(CASES[name], rng, 14, 14, 14, accumulation, "random", exponents)
-
-
-@st.composite
-def conv_cases(draw, most=9):
-    rank = draw(st.integers(1, 3))
-    sizes = st.integers(1, most if rank < 3 else 5)
-    kernel = tuple(draw(st.integers(1, 4)) for _ in range(rank))
-    dilations = tuple(draw(st.integers(1, 3)) for _ in range(rank))
-    image = []
-    padding = draw(st.sampled_from(["valid", "same", "explicit"]))
-    pads = []
-    for k, d in zip(kernel, dilations, strict=True):
-        reach = (k - 1) * d + 1
-        before, after = draw(st.integers(0, 4)), draw(st.integers(0, 4))
-        least = {"same": 1, "valid": reach, "explicit": max(1, reach - before - after)}[padding]
-        image.append(least + draw(sizes) - 1)
-        pads.append((before, after))
-    depthwise = draw(st.booleans())
-    groups = 1 if depthwise else draw(st.integers(1, 3))
-    return Case(
-        image=tuple(image),
-        kernel=kernel,
-        channels=groups * draw(st.integers(1, 9)),
-        filters=groups * draw(st.integers(1, 5)),
-        strides=tuple(draw(st.integers(1, 4)) for _ in range(rank)),
-        dilations=dilations,
-        padding=tuple(pads) if padding == "explicit" else padding,
-        groups=groups,
-        depthwise=depthwise,
-        batch=draw(st.integers(1, 3)),
-    )
-
-
-RUNS = st.tuples(
-    conv_cases(),
-    st.integers(0, 2**32 - 1),
-    st.tuples(*[st.sampled_from([8, 12, 14, 15, 16])] * 3),
-    st.sampled_from(["exact", "spill"]),
-    st.sampled_from(["random", "extreme", "signs"]),
-    st.sampled_from([1, 2]),
-    st.sampled_from(ISAS),
-)
-
-
-def check_run(run):
-    case, seed, bits, accumulation, kind, threads, isa = run
-    extension.set_isa(isa)
-    extension.set_threads(threads)
-    check_conv(case, np.random.default_rng(seed), *bits, accumulation, kind)
-
-
-@settings(deadline=None, max_examples=300)
-@given(RUNS)
-def test_conv_generated(run):
-    check_run(run)
-
-
-@pytest.mark.slow
-@settings(deadline=None, max_examples=5000)
-@given(RUNS)
-def test_conv_generated_many(run):
-    check_run(run)

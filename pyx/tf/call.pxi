@@ -143,11 +143,34 @@ cdef void* set_output(Call* c, int i, int dtype, const int64_t* dim, int rank) n
     return tf.TensorData(t) if t != NULL else NULL
 
 
+cdef extern from *:
+    """
+    static int64_t dfp_most_scratch;
+    static void dfp_note_scratch(int64_t bytes) {
+        int64_t most = __atomic_load_n(&dfp_most_scratch, __ATOMIC_RELAXED);
+        while (bytes > most &&
+               !__atomic_compare_exchange_n(&dfp_most_scratch, &most, bytes, 1, __ATOMIC_RELAXED,
+                                            __ATOMIC_RELAXED)) {}
+    }
+    static int64_t dfp_take_most_scratch(void) {
+        return __atomic_exchange_n(&dfp_most_scratch, 0, __ATOMIC_RELAXED);
+    }
+    """
+    void dfp_note_scratch(int64_t bytes) noexcept nogil
+    int64_t dfp_take_most_scratch() noexcept nogil
+
+
+def most_scratch():
+    """Returns the bytes of the largest scratch that an op took since this was asked last."""
+    return dfp_take_most_scratch()
+
+
 cdef char* get_scratch(Call* c, int64_t bytes) noexcept nogil:
     cdef TF_AllocatorAttributes where
     cdef TF_Tensor* t
     if not ok(c):
         return NULL
+    dfp_note_scratch(bytes)
     where.struct_size = sizeof(TF_AllocatorAttributes)
     where.on_host = 1
     t = hold(c, tf.AllocateTemp(c.context, TF_UINT8, &bytes, 1, &where, c.status))

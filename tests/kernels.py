@@ -1,0 +1,121 @@
+"""The kernels under test: every instruction set this machine has, and how to run one of them."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import tensorflow as tf
+
+from keras_dfp import reference
+from keras_dfp.native import extension, lib
+
+ISAS = [entry["name"] for entry in extension.isas() if entry["available"]]
+THREADS = (1, 2, 3, 4)
+TOKEN = np.zeros(0, np.float32)
+
+
+@contextlib.contextmanager
+def running(isa, threads=0, **settings):
+    """Runs kernels on this instruction set and so many threads; `settings` as of set_threads."""
+    before = extension.isa()
+    extension.set_isa(isa)
+    extension.set_threads(threads, **settings)
+    try:
+        yield
+    finally:
+        extension.set_isa(before)
+        extension.set_threads(0)
+
+
+def mantissas(rng, shape, bits, kind="random"):
+    """Random mantissas, or extreme ones: all of the largest magnitude."""
+    q = reference.qmax(bits)
+    if kind == "extreme":
+        return np.full(shape, q, np.int16)
+    if kind == "signs":
+        return (rng.choice([-q, q], shape)).astype(np.int16)
+    return rng.integers(-q, q, shape, np.int16, endpoint=True)
+
+
+def assert_same_bits(actual, expected, what=""):
+    actual = np.asarray(actual)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    view = {2: np.uint16, 4: np.uint32, 8: np.uint64}[actual.itemsize]
+    if not np.array_equal(actual.view(view), expected.view(view)):
+        np.testing.assert_array_equal(actual.view(view), expected.view(view), what)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A convolution; `image` and `kernel` give the spatial dimensions."""
+
+    image: tuple
+    kernel: tuple
+    channels: int = 4
+    filters: int = 6  # of all groups; the multiplier of a depthwise convolution
+    strides: tuple = ()
+    dilations: tuple = ()
+    padding: object = "valid"
+    groups: int = 1
+    depthwise: bool = False
+    batch: int = 2
+
+    @property
+    def options(self):
+        ones = (1,) * len(self.image)
+        return dict(
+            strides=self.strides or ones, dilations=self.dilations or ones, padding=self.padding
+        )
+
+    @property
+    def attributes(self):
+        options = self.options
+        explicit = not isinstance(self.padding, str)
+        options["padding"] = "EXPLICIT" if explicit else self.padding.upper()
+        options["explicit_paddings"] = list(np.ravel(self.padding)) if explicit else []
+        return dict(options, depthwise=self.depthwise)
+
+    @property
+    def input_shape(self):
+        return (self.batch, *self.image, self.channels)
+
+    @property
+    def kernel_shape(self):
+        inner = self.channels if self.depthwise else self.channels // self.groups
+        return (*self.kernel, inner, self.filters)
+
+
+class Passes:
+    """The three passes of a case on given mantissas, as the native ops compute them.
+
+    Args:
+        case: The case.
+        tensors: Mantissas of x, w and dy.
+        exponents: Their exponents.
+        bits: Their formats.
+    """
+
+    names = ("y", "dx", "dw")
+
+    def __init__(self, case, tensors, exponents, bits):
+        self.x, self.w, self.dy = (
+            {name: tf.constant(q), f"{name}_exponent": np.int32(e), f"{name}_token": TOKEN}
+            for name, q, e in zip(("x", "w", "dy"), tensors, exponents, strict=True)
+        )
+        formats = zip(("x_bits", "w_bits", "dy_bits"), bits, strict=True)
+        self.attributes = {**case.attributes, **dict(formats)}
+        self.input_sizes = np.array(tensors[0].shape, np.int32)
+        self.filter_sizes = np.array(tensors[1].shape, np.int32)
+
+    def __call__(self, accumulation):
+        """Returns y, dx and dw."""
+        attributes = dict(self.attributes, accumulation=accumulation)
+        return (
+            lib.dfp_conv(**self.x, **self.w, **attributes, n_statistics=0).y,
+            lib.dfp_conv_backprop_input(
+                input_sizes=self.input_sizes, **self.w, **self.dy, **attributes
+            ),
+            lib.dfp_conv_backprop_filter(
+                filter_sizes=self.filter_sizes, **self.x, **self.dy, **attributes
+            ),
+        )

@@ -1,0 +1,154 @@
+"""The contract of `keras_dfp.reference` computed fast, in float64: for large cases, or many.
+
+A float64 holds every integer up to 2**53, so a matrix product of mantissas in float64 is exact in
+whatever order BLAS sums it, and its product with a power of two rounds once when it is converted to
+float32. `test_generated.py` compares this file with the reference.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+from keras_dfp import reference
+
+
+def matmul(a, b, exponent, bits, accumulation):
+    """Returns the product of mantissas [.., M, K] and [.., K, N]; `bits` are those of a and b."""
+    depth = a.shape[-1]
+    total, chain = _start((*a.shape[:-1], b.shape[-1]), depth, bits, accumulation)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for cut in _cuts(depth, chain):
+        total += (a[..., cut] @ b[..., cut, :]).astype(total.dtype)
+    return _scaled(total, exponent)
+
+
+def conv_passes(case, x, w, dy, exponents, bits, accumulation):
+    """Returns y, dx and dw of a convolution.
+
+    Args:
+        case: A `kernels.Case`.
+        x: Mantissas of the input.
+        w: Mantissas of the kernel.
+        dy: Mantissas of the output's gradient.
+        exponents: Those of x, w and dy.
+        bits: Likewise.
+        accumulation: "exact" or "spill".
+    """
+    window = _Window(case)
+    passes = _depthwise if case.depthwise else _grouped
+    sums = passes(case, window, *(q.astype(np.float64) for q in (x, w, dy)), bits, accumulation)
+    ex, ew, ed = exponents
+    return [_scaled(*pair) for pair in zip(sums, (ex + ew, ed + ew, ex + ed), strict=True)]
+
+
+def output_shape(case):
+    """Returns the shape of a convolution's output."""
+    filters = case.filters * (case.channels if case.depthwise else 1)
+    return (case.batch, *_Window(case).output, filters)
+
+
+class _Window:
+    """Where the taps of a case fall, in an input with its padding."""
+
+    def __init__(self, case):
+        options = case.options
+        strides, dilations, padding = (options[k] for k in ("strides", "dilations", "padding"))
+        reach = [(k - 1) * d + 1 for k, d in zip(case.kernel, dilations, strict=True)]
+        if padding == "valid":
+            padding = [(0, 0)] * len(reach)
+        elif padding == "same":
+            padding = []
+            for n, s, r in zip(case.image, strides, reach, strict=True):
+                missing = max(0, (-(-n // s) - 1) * s + r - n)
+                padding.append((missing // 2, missing - missing // 2))
+        self.pad = [(0, 0), *padding, (0, 0)]
+        padded = [n + sum(p) for n, p in zip(case.image, padding, strict=True)]
+        self.output = [
+            max(0, (n - r) // s + 1) for n, r, s in zip(padded, reach, strides, strict=True)
+        ]
+        self.taps = [
+            (slice(None),)
+            + tuple(
+                slice(k * d, k * d + s * n, s)
+                for k, d, s, n in zip(position, dilations, strides, self.output, strict=True)
+            )
+            for position in itertools.product(*map(range, case.kernel))
+        ]
+        self.shape = (case.batch, *padded, case.channels)
+
+    def inner(self, total):
+        """Cuts the padding off."""
+        ends = zip(self.pad, total.shape, strict=True)
+        return total[tuple(slice(before, n - after) for (before, after), n in ends)]
+
+
+def _grouped(case, window, x, w, dy, bits, accumulation):
+    groups, pixels = case.groups, math.prod(window.output) * case.batch
+    channels, filters = case.channels // groups, case.filters // groups
+    x_bits, w_bits, dy_bits = bits
+    x = np.pad(x, window.pad)
+    # [taps, group, channel, filter] and [group, pixel, filter]
+    w = w.reshape(len(window.taps), channels, groups, filters).transpose(0, 2, 1, 3)
+    dy = dy.reshape(pixels, groups, filters).swapaxes(0, 1)
+    y, forward = _start((groups, pixels, filters), channels, (x_bits, w_bits), accumulation)
+    dx, back = _start(window.shape, filters, (dy_bits, w_bits), accumulation)
+    dw, across = _start(w.shape, pixels, (x_bits, dy_bits), accumulation)
+    for tap, where in enumerate(window.taps):
+        patch = x[where].reshape(pixels, groups, channels).swapaxes(0, 1)
+        for cut in _cuts(channels, forward):
+            y += (patch[:, :, cut] @ w[tap][:, cut]).astype(y.dtype)
+        for cut in _cuts(filters, back):
+            product = dy[:, :, cut] @ w[tap][:, :, cut].swapaxes(1, 2)
+            dx[where] += product.astype(dx.dtype).swapaxes(0, 1).reshape(dx[where].shape)
+        for cut in _cuts(pixels, across):
+            dw[tap] += (patch[:, cut].swapaxes(1, 2) @ dy[:, cut]).astype(dw.dtype)
+    return (
+        y.swapaxes(0, 1).reshape(output_shape(case)),
+        window.inner(dx),
+        dw.transpose(0, 2, 1, 3).reshape(*case.kernel, channels, case.filters),
+    )
+
+
+def _depthwise(case, window, x, w, dy, bits, accumulation):
+    taps, channels, multiplier = len(window.taps), case.channels, case.filters
+    pixels = math.prod(window.output) * case.batch
+    x_bits, w_bits, dy_bits = bits
+    x = np.pad(x, window.pad)
+    patches = [x[where].reshape(pixels, channels, 1) for where in window.taps]
+    w, dy = w.reshape(taps, channels, multiplier), dy.reshape(pixels, channels, multiplier)
+    terms = list(itertools.product(range(taps), range(multiplier)))
+    y, forward = _start(dy.shape, taps, (x_bits, w_bits), accumulation)
+    dx, back = _start(window.shape, len(terms), (dy_bits, w_bits), accumulation)
+    dw, across = _start(w.shape, pixels, (x_bits, dy_bits), accumulation)
+    for cut in _cuts(taps, forward):
+        y += sum(patches[t] * w[t] for t in range(taps)[cut]).astype(y.dtype)
+    for cut in _cuts(len(terms), back):
+        chunk = np.zeros(window.shape)
+        for t, m in terms[cut]:
+            chunk[window.taps[t]] += (dy[:, :, m] * w[t][:, m]).reshape(chunk[window.taps[t]].shape)
+        dx += chunk.astype(dx.dtype)
+    for tap, patch in enumerate(patches):
+        for cut in _cuts(pixels, across):
+            dw[tap] += (patch[cut] * dy[cut]).sum(axis=0).astype(dw.dtype)
+    shape = (*case.kernel, channels, multiplier)
+    return y.reshape(output_shape(case)), window.inner(dx), dw.reshape(shape)
+
+
+def _start(shape, terms, bits, accumulation):
+    """Returns an empty sum and the length of its chunks: float64 adds integers as they are."""
+    if accumulation == "exact":
+        return np.zeros(shape), max(terms, 1)
+    return np.zeros(shape, np.float32), reference.safe_chain(*bits)
+
+
+def _cuts(length, chain):
+    return (slice(start, min(start + chain, length)) for start in range(0, length, chain))
+
+
+def _scaled(total, exponent):
+    assert np.abs(total).max(initial=0) < 2**53
+    # A sum of products with zeros may be -0; a sum of integers has no sign there.
+    exact = np.ldexp(total.astype(np.float64), exponent) + 0.0
+    with np.errstate(over="ignore"):
+        return exact.astype(np.float32)
