@@ -356,3 +356,12 @@ def test_conv_at_the_ends_of_float32(isa, accumulation, name):
             np.testing.assert_array_equal(y, expected)
         else:
             check_conv(CASES[name], rng, 14, 14, 14, accumulation, "random", exponents)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_spilled_chains_longer_than_a_block(isa):
+    """Formats of few bits chain whole kernel positions, also those of many channels."""
+    extension.set_isa(isa)
+    for bits in ((9, 9, 9), (8, 8, 8), (9, 8, 10)):
+        for case in (Case((3, 1), (3, 1), 2, 11_176), Case((3, 1), (3, 1), 11_177, 2)):
+            check_conv(case, np.random.default_rng(0), *bits, "spill", "signs")
