@@ -9,7 +9,7 @@ TEST ?= -m "not slow"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow lint format build clean distclean
+.PHONY: help train test test-slow race-check lint format build clean distclean
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -28,6 +28,9 @@ test: build/dev.stamp build/native.stamp  ## Run the tests (but those marked slo
 
 test-slow: build/dev.stamp build/native.stamp  ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow
+
+race-check: build/dev.stamp  ## Look for data races (needs clang and its OpenMP)
+	$(BIN)/python tests/race_check.py
 
 lint: build/dev.stamp  ## Check style: ruff, cython-lint
 	$(BIN)/ruff check .

@@ -1,0 +1,142 @@
+"""Looks for data races in the kernels with ThreadSanitizer: `make race-check`, a few minutes.
+
+ThreadSanitizer does not understand GCC's OpenMP; it does LLVM's, which tells it through Archer what
+a parallel region orders. So clang builds the extension and a Python with ThreadSanitizer inside,
+in build/race, and that Python runs real ops on several threads. Nothing but the extension is
+instrumented, and nothing else is reported.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / "build" / "race"
+SANITIZE = ["-fsanitize=thread", "-g", "-O1"]
+FOUND = 66  # what a process with a race exits with
+
+# Py_BytesMain is all there is to `python`; linked here, it starts with ThreadSanitizer in place.
+PYTHON_C = """
+int Py_BytesMain(int, char **);
+int main(int argc, char **argv) { return Py_BytesMain(argc, argv); }
+"""
+# What must be reported, and what must not.
+RACE_C = """
+int main(void) {
+    int sum = 0;
+    #pragma omp parallel num_threads(4)
+    for (int i = 0; i < 1000; i++) {
+        %s
+        sum++;
+    }
+    return sum == 0;
+}
+"""
+
+
+def clang(*arguments):
+    return subprocess.run(
+        ["clang", *arguments], check=True, text=True, stdout=subprocess.PIPE
+    ).stdout.strip()
+
+
+def environment():
+    # <lib>/clang/<version>, beside LLVM's other libraries.
+    archer = Path(clang("-print-resource-dir")).parents[1] / "libarcher.so"
+    if not archer.is_file():
+        sys.exit("race-check needs Archer, part of LLVM's OpenMP. Debian: apt install libomp-dev")
+    return {
+        **os.environ,
+        "OMP_TOOL_LIBRARIES": str(archer),
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
+        "PYTHONPATH": os.pathsep.join([str(BUILD / "lib"), str(HERE), *sys.path[1:]]),
+    }
+
+
+def check_the_tools(env):
+    for name, critical, expected in [("race", "", FOUND), ("none", "#pragma omp critical", 0)]:
+        source = BUILD / f"{name}.c"
+        source.write_text(RACE_C % critical)
+        clang(*SANITIZE, "-fopenmp", str(source), "-o", str(BUILD / name))
+        code = subprocess.run([BUILD / name], env=env, stderr=subprocess.DEVNULL).returncode
+        if code != expected:
+            sys.exit(f"race-check: ThreadSanitizer and Archer exit with {code} on {source}, "
+                     f"which should be {expected}: their result could not be trusted.")  # fmt: skip
+
+
+def build():
+    (BUILD / "python.c").write_text(PYTHON_C)
+    libraries = sysconfig.get_config_var("LIBDIR")
+    clang(
+        *SANITIZE,
+        str(BUILD / "python.c"),
+        *("-o", str(BUILD / "python"), f"-L{libraries}", f"-Wl,-rpath,{libraries}"),
+        f"-lpython{sysconfig.get_python_version()}",
+        *(sysconfig.get_config_var("LINKFORSHARED") or "").split(),
+    )
+    command = [sys.executable, "setup.py", "--quiet", "build"]
+    subprocess.run(
+        [*command, "--build-lib", BUILD / "lib", "--build-temp", BUILD / "temp"],
+        cwd=HERE.parent,
+        env={
+            **os.environ,
+            "CC": "clang",
+            "LDSHARED": "clang -shared",
+            "CFLAGS": " ".join(SANITIZE),
+        },
+        check=True,
+    )
+
+
+def work():
+    """What is watched: generated products, the five networks' smaller ones, quantising, two ops."""
+    import networks
+    import numpy as np
+    import test_generated
+    import test_networks
+    import test_threads
+    from kernels import ISAS, THREADS, running
+
+    from keras_dfp import reference
+    from keras_dfp.native import extension, lib
+
+    assert Path(extension.__file__).is_relative_to(BUILD), extension.__file__
+    for i in range(150):
+        test_generated.check(i)
+    for i, line in enumerate(test_networks.CONVOLUTIONS[::12]):
+        runs = [("exact" if i % 2 else "spill", isa, 4) for isa in ISAS]
+        test_networks.check(networks.case(line, batch=1, most=4), runs, seed=i)
+    x = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
+    truth = {how: reference.quantize(x, rounding=how) for how in ("nearest", "stochastic")}
+    for isa in ISAS:
+        for threads in THREADS:
+            for how, (q, e) in truth.items():
+                with running(isa, threads):
+                    result = lib.dfp_quantize(x=x, exponent=[], step=[], rounding=how)
+                    back = lib.dfp_dequantize(*result, token=np.zeros(0, np.float32))
+                np.testing.assert_array_equal(result.q, q)
+                np.testing.assert_array_equal(back, reference.dequantize(q, e))
+    # TensorFlow makes an op's kernel once and hands it from thread to thread, in an order that is
+    # not seen here: it is made before there are threads.
+    test_threads.products()
+    for isa in ISAS:
+        with running(isa, 3, small=0):
+            test_threads.at_once(test_threads.products, count=3)
+
+
+def main():
+    BUILD.mkdir(parents=True, exist_ok=True)
+    env = environment()
+    check_the_tools(env)
+    build()
+    code = subprocess.run([BUILD / "python", __file__, "work"], cwd=BUILD, env=env).returncode
+    if code:
+        found = "there are races" if code == FOUND else f"its Python exited with {code}"
+        sys.exit(f"race-check: {found}, see above")
+    print("race-check: no race")
+
+
+if __name__ == "__main__":
+    work() if sys.argv[1:] == ["work"] else main()
