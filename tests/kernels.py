@@ -109,13 +109,15 @@ class Passes:
 
     def __call__(self, accumulation):
         """Returns y, dx and dw."""
+        return tuple(self.one_by_one(accumulation))
+
+    def one_by_one(self, accumulation):
+        """Yields y, dx and dw, each computed when it is asked for."""
         attributes = dict(self.attributes, accumulation=accumulation)
-        return (
-            lib.dfp_conv(**self.x, **self.w, **attributes, n_statistics=0).y,
-            lib.dfp_conv_backprop_input(
-                input_sizes=self.input_sizes, **self.w, **self.dy, **attributes
-            ),
-            lib.dfp_conv_backprop_filter(
-                filter_sizes=self.filter_sizes, **self.x, **self.dy, **attributes
-            ),
+        yield lib.dfp_conv(**self.x, **self.w, **attributes, n_statistics=0).y
+        yield lib.dfp_conv_backprop_input(
+            input_sizes=self.input_sizes, **self.w, **self.dy, **attributes
+        )
+        yield lib.dfp_conv_backprop_filter(
+            filter_sizes=self.filter_sizes, **self.x, **self.dy, **attributes
         )
