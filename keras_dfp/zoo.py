@@ -32,10 +32,10 @@ from keras_dfp import recipe as recipes
 from keras_dfp.policy import policy_scope
 from keras_dfp.recipe import Recipe
 
-# The networks whose trained weights keras.applications offers: its function, its module.
+# The networks whose trained weights keras.applications offers: its function, its preprocessing.
 _IMAGENET = {
-    "resnet50": (keras.applications.ResNet50, keras.applications.resnet),
-    "vgg16": (keras.applications.VGG16, keras.applications.vgg16),
+    "resnet50": (keras.applications.ResNet50, keras.applications.resnet50.preprocess_input),
+    "vgg16": (keras.applications.VGG16, keras.applications.vgg16.preprocess_input),
 }
 _FOLDER = Path(model_zoo.__file__).parent
 
@@ -74,35 +74,39 @@ def load(
     >>> model = zoo.load("alexnet", input_shape=(64, 64, 3), classes=10, policy="dfp16")
     """
     _check_name(name)
-    architecture = importlib.import_module(f"{model_zoo.__name__}.{name}.architecture")
-    _check_options(name, architecture.build, options)
+    build = importlib.import_module(f"{model_zoo.__name__}.{name}.architecture").build
+    defaults = {key: p.default for key, p in inspect.signature(build).parameters.items()}
+    for option in options:
+        if option not in defaults:
+            known = [key for key in defaults if key not in ("input_shape", "classes")]
+            raise ValueError(f"{name!r} has no option {option!r}; it has: {', '.join(known)}")
     if keras.config.image_data_format() != "channels_last":
         raise ValueError(
             "zoo.load: the networks of the zoo are channels_last, but Keras's image_data_format "
             f"is {keras.config.image_data_format()!r}. "
             "Call keras.config.set_image_data_format('channels_last')."
         )
-    if input_shape is not None:
-        options["input_shape"] = _checked_shape(input_shape)
-    if classes is not None:
-        options["classes"] = _checked_classes(classes)
+    input_shape = _checked_shape(defaults["input_shape"] if input_shape is None else input_shape)
+    classes = _checked_classes(defaults["classes"] if classes is None else classes)
     if weights == "imagenet":
         _check_imagenet(name)
+        _check_imagenet_shape(name, input_shape, classes)
     elif weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(
             f"zoo.load: weights must be None, 'imagenet' or a file; there is no file {weights!r}."
         )
     with contextlib.nullcontext() if policy is None else policy_scope(policy):
-        model = architecture.build(**options)
+        model = build(input_shape, classes, **options)
     if weights == "imagenet":
-        _load_imagenet(model)
+        application, _ = _IMAGENET[name]
+        model.set_weights(application(weights="imagenet").get_weights())
     elif weights is not None:
         try:
             model.load_weights(weights)
         except ValueError as error:
             raise ValueError(
                 f"zoo.load: the weights in {os.fspath(weights)!r} do not fit {name!r} with input "
-                f"{model.input_shape[1:]} and output {model.output_shape}: {error}"
+                f"{input_shape} and {classes} classes: {error}"
             ) from error
     return model
 
@@ -146,9 +150,9 @@ def preprocessing(
     _check_name(name)
     if weights == "imagenet":
         _check_imagenet(name)
-        _, module = _IMAGENET[name]
-        return lambda images: module.preprocess_input(
-            keras.ops.cast(images, "float32"), data_format="channels_last"
+        _, preprocess_input = _IMAGENET[name]
+        return lambda batch: preprocess_input(
+            keras.ops.cast(batch, "float32"), data_format="channels_last"
         )
     images = recipe(name).images
     return lambda batch: (keras.ops.cast(batch, "float32") - images.mean) / images.std
@@ -161,16 +165,6 @@ def _check_name(name: str) -> None:
             f"There is no network {name!r} in the zoo. "
             f"{'Did you mean' if close else 'There are'}: {', '.join(close or list())}"
         )
-
-
-def _check_options(name: str, build: Callable, options: dict[str, Any]) -> None:
-    known = [key for key in inspect.signature(build).parameters if key not in _LOAD]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name!r} has no option {option!r}; it has: {', '.join(known)}")
-
-
-_LOAD = frozenset(inspect.signature(load).parameters)
 
 
 def _checked_shape(shape: Any) -> tuple[int, int, int]:
@@ -199,17 +193,14 @@ def _check_imagenet(name: str) -> None:
         )
 
 
-def _load_imagenet(model: keras.Model) -> None:
-    application, _ = _IMAGENET[model.name]
-    try:
-        trained = application(weights="imagenet")
-        model.set_weights(trained.get_weights())
-    except ValueError as error:
+def _check_imagenet_shape(name: str, input_shape: tuple[int, int, int], classes: int) -> None:
+    # fc1 of VGG-16 depends on the size of the images; nothing in ResNet-50 does.
+    wanted = (224, 224, 3) if name == "vgg16" else (*input_shape[:2], 3)
+    if input_shape != wanted or classes != 1000:
         raise ValueError(
-            f"zoo.load: the 'imagenet' weights are for 1000 classes and {trained.input_shape[1:]} "
-            f"images; {model.name!r} has input {model.input_shape[1:]} and output "
-            f"{model.output_shape}: {error}"
-        ) from error
+            f"zoo.load: the 'imagenet' weights of {name!r} are for input {wanted} and 1000 "
+            f"classes; got input {input_shape} and {classes} classes."
+        )
 
 
 # Last, because it hides Python's own from here on.
