@@ -10,7 +10,7 @@
 >>> model = zoo.load("resnet50", weights="imagenet")         # trained weights
 >>> preprocess = zoo.preprocessing("resnet50", "imagenet")   # images as those weights want them
 
-The networks themselves are in the folder `model_zoo`.
+The networks themselves are in the folder `model_zoo`; docs/zoo.md says where they come from.
 """
 
 from __future__ import annotations

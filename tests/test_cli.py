@@ -50,8 +50,11 @@ def test_version():
         (("train", "--lr", "0"), "0 is not in the range x>0"),
         (("train", "--seed", "-1"), "-1 is not in the range"),
         (("describe",), "Missing argument 'MODEL'"),
-        (("describe", "resnet5"), "Did you mean: ResNet50"),
-        (("describe", "my net"), "neither a .keras file nor a model of keras.applications"),
+        (("describe", "resnet5"), "Did you mean: resnet50"),
+        (
+            ("describe", "my net"),
+            "neither a .keras file nor the name of a network of the zoo or of",
+        ),
         (("describe", "ResNet50", "--policy", "float32"), "is not one of 'dfp16', 'dfp16_paper'"),
     ],
 )
@@ -77,6 +80,12 @@ def test_describe_a_file(tmp_path):
     assert "0 of 1 run on integers" in run("describe", path)
     assert "1 of 1 run on integers" in run("describe", path, "--policy", "dfp16")
     assert "last dense layer" in run("describe", path, "--policy", "dfp16_paper")
+
+
+def test_describe_a_network_of_the_zoo():
+    output = run("describe", "alexnet", "--policy", "dfp16_paper")
+    assert "6 of 8 run on integers" in output
+    assert "2 LocalResponseNormalization" in output
 
 
 def test_describe_an_application_by_name():

@@ -71,5 +71,8 @@ def test_sdist_and_wheel(tmp_path):
         metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
     assert [name for name in names if re.fullmatch(r"keras_dfp/_native\..*so", name)]
     assert "keras_dfp/cli/train.py" in names
+    for network in (ROOT / "model_zoo").glob("*/recipe.toml"):
+        for file in network.parent.glob("[!_]*.*"):
+            assert f"keras_dfp/model_zoo/{network.parent.name}/{file.name}" in names
     assert not [name for name in names if not name.startswith(("keras_dfp/", "keras_dfp-"))]
     assert "License-Expression: Apache-2.0" in metadata
