@@ -1,1 +1,14 @@
-"""Benchmarks: `python -m benchmarks.conv`, from a clone in which `make build` has run."""
+"""How fast the integers are: what `keras-dfp bench` measures, also in an installed package.
+
+    run.py          starts a process per configuration and gathers what it sends: a document
+      worker.py       that process: measures one configuration
+        conv.py         a network's convolutions and dense layers, three passes, on products.py
+        gemm.py         matrix products of given sizes, on products.py
+        quantise.py     float32 to int16, against the memory's speed
+        small.py        what a call costs when there is next to nothing to compute
+        step.py         whole training steps
+    report.py       a document as tables, for a terminal or in Markdown
+    roofline.py     a document as a plot
+
+A document is what `--json` writes; its form is described in docs/performance.md.
+"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from keras_dfp.cli.bench import bench
 from keras_dfp.cli.describe import describe
 from keras_dfp.cli.info import info
 from keras_dfp.cli.train import train
@@ -32,10 +33,12 @@ def main() -> None:
     Examples:
       keras-dfp train                float32 against dfp16, on handwritten digits
       keras-dfp describe resnet50    which layers run on integers, and why others do not
+      keras-dfp bench conv           its speed against TensorFlow's, here
       keras-dfp info                 CPU, kernels, threads, versions
     """
 
 
 main.add_command(train)
 main.add_command(describe)
+main.add_command(bench)
 main.add_command(info)

@@ -1,0 +1,36 @@
+"""Matrix products of given sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from keras_dfp.benchmarks import products
+from keras_dfp.benchmarks.machine import medians
+
+# M, N, K: squares; then the products of an image's pixels with few channels, of a batch with
+# VGG-16's first dense layer, and of that layer's weight gradient.
+SIZES = (
+    *((n, n, n) for n in (256, 512, 1024, 2048, 4096)),
+    (100352, 64, 64),
+    (100352, 64, 576),
+    (32, 4096, 25088),
+    (4096, 4096, 32),
+)
+
+
+def measure(settings: dict) -> Iterator[dict | str]:
+    """Yields a row per size; settings: sizes, against, repeats."""
+    for m, n, k in settings["sizes"]:
+        yield f"{m}x{n}x{k}"
+        a, b = (products.Tensor(shape, settings["against"]) for shape in ((m, k), (k, n)))
+        product = products.matmul(a, b)
+        ways = {**product.ways, "quantise": lambda a=a, b=b: (a.quantise(), b.quantise())}
+        taken = medians(ways, settings["repeats"])
+        yield {
+            "m": m,
+            "n": n,
+            "k": k,
+            "macs": product.macs,
+            "bytes": product.bytes,
+            **{f"{way}_ms": ms for way, ms in taken.items()},
+        }

@@ -1,0 +1,77 @@
+"""The machine as far as figures depend on it, and how to time on it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+import keras_dfp
+from keras_dfp import native
+
+COPIED_BYTES = 1 << 29  # far more than any cache holds
+
+
+def facts() -> dict:
+    """Returns what the figures depend on: processor, instruction sets, threads and versions."""
+    info = keras_dfp.info()
+    names = ("cpu", "isa", "threads", "keras_dfp", "keras", "tensorflow", "python", "compiler")
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return {**{name: info[name] for name in names}, "onednn_max_cpu_isa": held}
+
+
+def roofs(threads: int) -> dict:
+    """Returns what no kernel can exceed, as measured now.
+
+    Returns:
+        `peak_gmacs`, 10**9 products per second of cores that do nothing but multiply-accumulate in
+        registers; `copy_gbs`, 10**9 bytes per second of a copy in memory, read and written bytes
+        added up. Both for this number of threads.
+    """
+    return {
+        "peak_gmacs": native.extension.peak() * threads / 1e9,
+        "copy_gbs": copy_bandwidth(threads) / 1e9,
+    }
+
+
+def copy_bandwidth(threads: int, size: int = COPIED_BYTES) -> float:
+    """Returns the bytes read and written per second by the C library's copy: the best of five.
+
+    Args:
+        threads: How many threads share the copy.
+        size: Bytes to copy.
+    """
+    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    edges = [size * i // threads for i in range(threads + 1)]
+
+    # ctypes lets go of Python's lock during the call.
+    def copy(i: int):
+        start, stop = edges[i], edges[i + 1]
+        ctypes.memmove(target.ctypes.data + start, source.ctypes.data + start, stop - start)
+
+    seconds = []
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(copy, range(threads)))
+            seconds.append(time.perf_counter() - start)
+    return 2 * size / min(seconds)
+
+
+def medians(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]:
+    """Returns the median milliseconds of each function.
+
+    They run in turns, so that all meet the same machine; a first round warms up.
+    """
+    times = {name: [] for name in functions}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(taken[1:]) for name, taken in times.items()}

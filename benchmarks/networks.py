@@ -1,0 +1,72 @@
+"""The networks, and the layers of them that multiply."""
+
+from __future__ import annotations
+
+import collections
+from typing import NamedTuple
+
+import keras
+
+import keras_dfp
+
+NETWORKS = ("resnet50", "vgg16", "mobilenet_v2")
+BATCHES = {"vgg16": 16}  # elsewhere 32
+_APPLICATIONS = {
+    "resnet50": keras.applications.ResNet50,
+    "vgg16": keras.applications.VGG16,
+    "mobilenet_v2": keras.applications.MobileNetV2,
+}
+
+
+def build(network: str, image_size: int, policy: str = "float32") -> keras.Model:
+    """Returns an untrained network for square colour images and 1,000 classes."""
+    with keras_dfp.policy_scope(policy):
+        return _APPLICATIONS[network](weights=None, input_shape=(image_size, image_size, 3))
+
+
+class Layer(NamedTuple):
+    """A layer that multiplies, without its batch size.
+
+    Attributes:
+        kind: "conv", "grouped", "depthwise" or "dense".
+        x: Shape of its input: height, width and channels, or features.
+        w: Shape of its kernel.
+        strides: Of a convolution.
+        padding: Of a convolution: "VALID" or "SAME".
+    """
+
+    kind: str
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    strides: tuple[int, int] = (1, 1)
+    padding: str = "VALID"
+
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            return f"{self.w[0]} -> {self.w[1]}"
+        height, width, channels = self.x
+        text = f"{height}x{width}x{channels} {self.w[0]}x{self.w[1]}/{self.strides[0]}"
+        if self.kind == "depthwise":
+            return f"{text} depthwise"
+        groups = channels // self.w[2]
+        return f"{text} -> {self.w[3]}" + (f", {groups} groups" if groups > 1 else "")
+
+
+def layers(network: str, image_size: int) -> collections.Counter[Layer]:
+    """Returns how often each layer that multiplies occurs, in the network's order."""
+    found = [_layer(layer) for layer in build(network, image_size).layers]
+    return collections.Counter(layer for layer in found if layer is not None)
+
+
+def _layer(layer: keras.Layer) -> Layer | None:
+    if isinstance(layer, keras.layers.Dense):
+        return Layer("dense", layer.input.shape[1:], tuple(layer.kernel.shape))
+    if isinstance(layer, keras.layers.DepthwiseConv2D):
+        kind = "depthwise"
+    elif isinstance(layer, keras.layers.Conv2D):
+        kind = "grouped" if layer.groups > 1 else "conv"
+    else:
+        return None
+    return Layer(
+        kind, layer.input.shape[1:], tuple(layer.kernel.shape), layer.strides, layer.padding.upper()
+    )

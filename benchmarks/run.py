@@ -1,0 +1,66 @@
+"""Measures configurations, each in a process of its own, for a document.
+
+A process of its own, because instruction sets and threads are TensorFlow's for the life of a
+process, and because the peak of its memory is then the configuration's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+SCHEMA = 1  # of the documents
+# What TensorFlow's oneDNN is held to, so that both sides use the same instruction set. Above
+# these it gains nothing in float32 that keras-dfp's next one does not have as well.
+ONEDNN_ISAS = {"avx2": "AVX2", "avxvnni": "AVX2"}
+
+
+def measure(benchmark: str, settings: dict) -> Iterator[tuple[str, dict | str]]:
+    """Yields what a worker sends: ("machine", facts), ("doing", text) and ("row", dict).
+
+    Args:
+        benchmark: Name of the module.
+        settings: What it measures; `isa` and `threads` (None for the best and for all) decide
+            about the process.
+
+    Raises:
+        RuntimeError: If the process fails.
+    """
+    command = [sys.executable, "-m", "keras_dfp.benchmarks.worker", benchmark, json.dumps(settings)]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        # In a session of its own, so that Ctrl-C reaches it through this process only.
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment(settings["isa"]),
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            for line in process.stdout:
+                yield tuple(json.loads(line))
+        except BaseException:
+            process.kill()
+            raise
+        if process.wait():
+            errors.seek(0)
+            raise RuntimeError(
+                f"The process measuring {benchmark} {settings} ended with exit code "
+                f"{process.returncode} (-9: perhaps for want of memory).\n{errors.read()[-3000:]}"
+            )
+
+
+def environment(isa: str | None) -> dict[str, str]:
+    """Returns the environment of a worker that runs on an instruction set, None for the best."""
+    defaults = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    if isa in ONEDNN_ISAS:
+        defaults["ONEDNN_MAX_CPU_ISA"] = ONEDNN_ISAS[isa]
+    forced = {} if isa is None else {"KERAS_DFP_ISA": isa}
+    return {**defaults, **os.environ, **forced}

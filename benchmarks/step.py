@@ -1,0 +1,160 @@
+"""Whole training steps of a network under one policy: throughput, memory, and where time goes.
+
+The policy gets a process of its own, so that the peak of the resident memory is its own too. Images
+are random and in memory: an input pipeline is not part of the figure. Where the time goes is read
+off TensorFlow's profiler: the time of every op, less that of ops inside it, by kind.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from keras_dfp.benchmarks.machine import medians
+from keras_dfp.benchmarks.networks import build
+
+# The first pattern found in an op's type decides. TensorFlow prefixes and suffixes types of its
+# own, such as _MklNativeConv2D and _FusedConv2D.
+KINDS = {
+    "convolutions and products": r"Conv(?!ert)|Mat[Mm]ul|Einsum|XlaRun|XlaLaunch",
+    "quantisation": r"^Dfp(Quantize|Dequantize|Token)",
+    "batch norm": r"BatchNorm|SquaredDifference|Rsqrt|^Mean$",
+    "activation": r"Relu|Softmax",
+    "pooling, LRN": r"Pool|LRN",
+    "casts": r"Cast$",
+    "optimizer": r"^Resource|Assign\w*VariableOp",
+    "element by element": r"(Add|AddV2|AddN|Sub|Mul|Div|Square|Neg|Maximum|Minimum|Select|SelectV2)$",
+    "copies and sums": r"Pad|Concat|Slice|Transpose|Tile|Broadcast|Fill|Zeros|Sum|Reshape|Identity",
+}
+OTHER = "other"
+
+
+def measure(settings: dict) -> Iterator[dict | str]:
+    """Yields one row; settings: network, policy, batch, image_size, repeats."""
+    policy, batch, size = (settings[name] for name in ("policy", "batch", "image_size"))
+    yield f"{settings['network']} {policy}"
+    keras.utils.set_random_seed(1)
+    model = build(settings["network"], size, policy)
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9), keras.losses.SparseCategoricalCrossentropy()
+    )
+    model.optimizer.build(model.trainable_variables)
+    x = tf.random.normal([batch, size, size, 3])
+    y = tf.random.uniform([batch], maxval=model.output_shape[-1], dtype=tf.int32)
+
+    # What `fit` runs for a batch, without its loop.
+    @tf.function(autograph=False, jit_compile=False)
+    def step(x, y):
+        return model.train_step((x, y))["loss"]
+
+    def run():
+        # Reading the loss waits for the step.
+        return float(step(x, y))
+
+    graph = step.get_concrete_function(x, y).graph
+    run()
+    milliseconds = medians({"step": run}, settings["repeats"])["step"]
+    peak = peak_memory()
+    yield {
+        "policy": policy,
+        "step_ms": milliseconds,
+        "images_per_s": 1e3 * batch / milliseconds,
+        "peak_memory_mb": peak / 1e6,
+        "parameters": model.count_params(),
+        "kinds": profile(run, graph),
+    }
+
+
+def peak_memory() -> int:
+    """Returns the most bytes of memory this process has had resident."""
+    # Not getrusage, whose figure a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+
+
+def profile(run, graph) -> list[dict]:
+    """Runs a step under TensorFlow's profiler.
+
+    Args:
+        run: Runs the step.
+        graph: Its graph, in which ops have the names that the profiler reports.
+
+    Returns:
+        One dict per kind of op, the most time first: `kind`; `ms`, their time added up, which is
+        more than time passed where ops ran side by side; `calls`; `mb`, what they read and wrote
+        by the shapes of the tensors, of those ops that still are as in the graph after TensorFlow
+        has optimized it; `ops`, the milliseconds by type.
+    """
+    options = tf.profiler.experimental.ProfilerOptions(
+        host_tracer_level=2, python_tracer_level=0, device_tracer_level=0
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tf.profiler.experimental.start(folder, options)
+        run()
+        tf.profiler.experimental.stop()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        ops = list(timed_ops(path.read_bytes()))
+    moved = {op.name: _bytes(op.inputs) + _bytes(op.outputs) for op in graph.get_operations()}
+    kinds = collections.defaultdict(lambda: {"ms": 0.0, "calls": 0, "mb": 0.0, "ops": {}})
+    for name, op_type, ms in ops:
+        kind = kinds[kind_of(op_type)]
+        kind["ms"] += ms
+        kind["calls"] += 1
+        kind["mb"] += moved.get(name, 0) / 1e6
+        kind["ops"][op_type] = kind["ops"].get(op_type, 0.0) + ms
+    rows = [{"kind": name, **kind} for name, kind in kinds.items()]
+    for row in rows:
+        row["ops"] = dict(sorted(row["ops"].items(), key=lambda item: -item[1]))
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def kind_of(op_type: str) -> str:
+    """Returns the kind of an op by its type."""
+    matches = (kind for kind, pattern in KINDS.items() if re.search(pattern, op_type))
+    return next(matches, OTHER)
+
+
+def timed_ops(trace: bytes) -> Iterator[tuple[str, str, float]]:
+    """Yields name, type and own milliseconds of every op that ran, from a profiler's trace."""
+    # Here and not above: the module is TensorFlow's, but not under its public name.
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    for plane in xplane_pb2.XSpace.FromString(trace).planes:
+        names = {key: entry.name for key, entry in plane.event_metadata.items()}
+        for line in plane.lines:
+            yield from _own_times(
+                (names[event.metadata_id], event.offset_ps, event.duration_ps)
+                for event in line.events
+            )
+
+
+def _own_times(events: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, str, float]]:
+    """Yields the ops among the events of one thread; inner ops' time is not the outer one's."""
+    # An op's event is called "name:Type".
+    ops = [
+        (start, -duration, *name.rsplit(":", 1))
+        for name, start, duration in events
+        if re.fullmatch(r"[\w./>-]+:\w+", name)
+    ]
+    own, around = [], []
+    for i, (start, negative, _, _) in enumerate(sorted_ops := sorted(ops)):
+        own.append(-negative)
+        while around and start >= sorted_ops[around[-1]][0] - sorted_ops[around[-1]][1]:
+            around.pop()
+        if around:
+            own[around[-1]] += negative
+        around.append(i)
+    for (_, _, name, op_type), picoseconds in zip(sorted_ops, own, strict=True):
+        yield name, op_type, picoseconds / 1e9
+
+
+def _bytes(tensors) -> int:
+    sized = (t for t in tensors if t.shape.is_fully_defined() and t.dtype.size)
+    return sum(math.prod(t.shape) * t.dtype.size for t in sized)

@@ -1,0 +1,440 @@
+"""`keras-dfp bench`: how fast the integers are on this machine, against stock TensorFlow."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from keras_dfp import native
+from keras_dfp.benchmarks import gemm as gemm_benchmark
+from keras_dfp.benchmarks import quantise as quantise_benchmark
+from keras_dfp.benchmarks import report, roofline
+from keras_dfp.benchmarks.networks import BATCHES, NETWORKS
+from keras_dfp.benchmarks.products import DTYPES
+from keras_dfp.benchmarks.run import SCHEMA, measure
+from keras_dfp.cli.files import written_whole
+
+POLICIES = ("float32", "mixed_bfloat16", "dfp16", "dfp16_paper")
+
+
+# ---- types of options ----------------------------------------------------------------------------
+
+
+class _List(click.ParamType):
+    """Values separated by commas, each of the type of `item`."""
+
+    def __init__(self, item: click.ParamType):
+        self.item = item
+        self.name = f"{item.name},..."
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        items = [self.item.convert(text.strip(), param, ctx) for text in value.split(",")]
+        return list(dict.fromkeys(items))
+
+
+class _Size(click.ParamType):
+    name = "MxNxK"
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        numbers = [int(n) for n in value.split("x")] if re.fullmatch(r"\d+(x\d+)*", value) else []
+        numbers = numbers * 3 if len(numbers) == 1 else numbers
+        if len(numbers) != 3 or min(numbers) < 1:
+            self.fail(f"{value!r} is neither N nor MxNxK, positive integers", param, ctx)
+        return numbers
+
+
+def _isa(ctx, param, value):
+    names = [entry["name"] for entry in native.extension.isas() if entry["available"]]
+    if value is not None and value not in names:
+        raise click.BadParameter(f"{value!r} is not available here; available: {', '.join(names)}.")
+    return value
+
+
+def _file(ctx, param, value):
+    """Checks before the work that a file can be written afterwards."""
+    if value is not None and not value.parent.is_dir():
+        raise click.BadParameter(f"the folder {value.parent} does not exist.")
+    if value is not None and param.name == "plot_path":
+        if importlib.util.find_spec("matplotlib") is None:
+            raise click.ClickException(
+                "--plot needs matplotlib. Install: pip install 'keras-dfp[bench]'"
+            )
+        if value.suffix not in (".png", ".svg", ".pdf"):
+            raise click.BadParameter(f"{value} must end in .png, .svg or .pdf.")
+    return value
+
+
+# ---- options that commands share -----------------------------------------------------------------
+
+
+def _options(*options) -> Callable:
+    def decorate(function):
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_path = click.Path(dir_okay=False, path_type=Path)
+_machine = _options(
+    click.option("--isa", callback=_isa, help="Instruction set to force.  [default: the best]"),
+    click.option(
+        "--threads",
+        type=_List(click.IntRange(min=1)),
+        default=[None],
+        help="For both sides, say 2, or 1,2 to compare.  [default: all]",
+    ),
+)
+_json = click.option(
+    "--json", "json_path", type=_path, callback=_file, help="Write the figures to this file."
+)
+_plot = click.option(
+    "--plot", "plot_path", type=_path, callback=_file, help="Draw the roofline to this file."
+)
+_against = click.option(
+    "--against",
+    type=_List(click.Choice(list(DTYPES))),
+    default="float32",
+    show_default=True,
+    help="What TensorFlow computes in, say float32,bfloat16.",
+)
+
+
+def _repeats(default: int) -> Callable:
+    return click.option(
+        "--repeats",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help="The median of so many runs counts, after one to warm up.",
+    )
+
+
+def _network(*default: str) -> Callable:
+    return _options(
+        click.option(
+            "--network",
+            "networks",
+            type=click.Choice([*NETWORKS, "all"]),
+            multiple=True,
+            default=default,
+            show_default=True,
+            help="May be given several times.",
+        ),
+        click.option("--batch", type=click.IntRange(min=1), help="[default: 32; 16 for vgg16]"),
+        click.option("--image-size", type=click.IntRange(min=32), default=224, show_default=True),
+    )
+
+
+def _each_network(networks, batch: int | None, image_size: int) -> list[dict]:
+    names = NETWORKS if "all" in networks else dict.fromkeys(networks)
+    return [
+        {"network": name, "batch": batch or BATCHES.get(name, 32), "image_size": image_size}
+        for name in names
+    ]
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+class _Bench(click.Group):
+    def parse_args(self, ctx, args):
+        if "--end-to-end" in args:
+            args = ["step", *(argument for argument in args if argument != "--end-to-end")]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Bench)
+def bench() -> None:
+    """Measure on this machine: keras-dfp against stock TensorFlow, in turns.
+
+    `bench --end-to-end` is another name of `bench step`.
+
+    \b
+    Examples:
+      keras-dfp bench conv --network resnet50
+      keras-dfp bench conv --network all --against float32,bfloat16 --json all.json --plot all.png
+      keras-dfp bench gemm --isa avx2 --threads 1,2
+      keras-dfp bench step --network vgg16
+      keras-dfp bench report all.json
+    """
+
+
+@bench.command()
+@_network("resnet50")
+@_against
+@_machine
+@_repeats(7)
+@_json
+@_plot
+def conv(networks, batch, image_size, against, isa, threads, repeats, json_path, plot_path) -> None:
+    """Time every convolution and dense layer of a network, in all three passes.
+
+    Operands are int16, results float32; packing is included, quantising the operands is shown
+    beside it. The input gradient of the first layer is left out. Ratios are TensorFlow's time over
+    ours; "ratio with" is with quantising.
+
+    \b
+    Examples:
+      keras-dfp bench conv
+      keras-dfp bench conv --network vgg16 --network alexnet --against float32,bfloat16
+      keras-dfp bench conv --isa avx2 --threads 1
+    """
+    kinds = ["conv", "grouped", "depthwise", "dense"]
+    common = {"kinds": kinds, "against": against, "repeats": repeats}
+    _run(
+        "conv",
+        [{**each, **common} for each in _each_network(networks, batch, image_size)],
+        isa=isa,
+        threads=threads,
+        json_path=json_path,
+        plot_path=plot_path,
+    )
+
+
+@bench.command()
+@_network("mobilenet_v2")
+@_against
+@_machine
+@_repeats(7)
+@_json
+@_plot
+def depthwise(
+    networks, batch, image_size, against, isa, threads, repeats, json_path, plot_path
+) -> None:
+    """Time the depthwise convolutions of a network, which are bound by the memory.
+
+    Shows the bytes of operands and results per second, as a share of a copy's.
+
+    \b
+    Example:
+      keras-dfp bench depthwise --network mobilenet_v2
+    """
+    common = {"kinds": ["depthwise"], "against": against, "repeats": repeats}
+    _run(
+        "depthwise",
+        [{**each, **common} for each in _each_network(networks, batch, image_size)],
+        isa=isa,
+        threads=threads,
+        json_path=json_path,
+        plot_path=plot_path,
+    )
+
+
+@bench.command()
+@click.option(
+    "--size",
+    "sizes",
+    type=_Size(),
+    multiple=True,
+    help="N for a square product, or MxNxK; may be given several times.  "
+    "[default: squares from 256 to 4096, and some as they occur in networks]",
+)
+@_against
+@_machine
+@_repeats(7)
+@_json
+@_plot
+def gemm(sizes, against, isa, threads, repeats, json_path, plot_path) -> None:
+    """Time matrix products.
+
+    \b
+    Examples:
+      keras-dfp bench gemm
+      keras-dfp bench gemm --size 1024 --size 100352x64x576 --threads 1,2
+    """
+    sizes = [list(size) for size in sizes or gemm_benchmark.SIZES]
+    settings = {"sizes": sizes, "against": against, "repeats": repeats}
+    _run("gemm", [settings], isa=isa, threads=threads, json_path=json_path, plot_path=plot_path)
+
+
+@bench.command()
+@click.option(
+    "--elements",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="May be given several times.  [default: 64 Ki to 64 Mi]",
+)
+@_machine
+@_repeats(7)
+@_json
+def quantise(elements, isa, threads, repeats, json_path) -> None:
+    """Time quantising: bytes read and written per second, as a share of a copy's.
+
+    \b
+    Example:
+      keras-dfp bench quantise --threads 1,2
+    """
+    settings = {"elements": list(elements or quantise_benchmark.ELEMENTS), "repeats": repeats}
+    _run("quantise", [settings], isa=isa, threads=threads, json_path=json_path)
+
+
+@bench.command()
+@_machine
+@_repeats(20)
+@_json
+def small(isa, threads, repeats, json_path) -> None:
+    """Time products so small that only the call counts, eagerly and in a graph.
+
+    \b
+    Example:
+      keras-dfp bench small
+    """
+    _run("small", [{"repeats": repeats}], isa=isa, threads=threads, json_path=json_path)
+
+
+@bench.command()
+@_network("resnet50")
+@click.option(
+    "--policy",
+    "policies",
+    type=click.Choice(POLICIES),
+    multiple=True,
+    default=POLICIES,
+    show_default=True,
+    help="May be given several times; figures are compared with the first.",
+)
+@_machine
+@_repeats(5)
+@_json
+def step(networks, batch, image_size, policies, isa, threads, repeats, json_path) -> None:
+    """Time whole training steps: images per second, peak memory, and where the time goes.
+
+    Each policy runs in a process of its own, on random images, with SGD and momentum. The time by
+    kind of op comes from TensorFlow's profiler.
+
+    \b
+    Examples:
+      keras-dfp bench step
+      keras-dfp bench --end-to-end --network vgg16 --policy float32 --policy dfp16
+    """
+    _run(
+        "step",
+        [{**each, "repeats": repeats} for each in _each_network(networks, batch, image_size)],
+        isa=isa,
+        threads=threads,
+        json_path=json_path,
+        parts=[{"policy": policy} for policy in dict.fromkeys(policies)],
+    )
+
+
+@bench.command("report")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--rows", is_flag=True, help="Every layer of a network, not only the totals.")
+@_plot
+def report_(file, rows, plot_path) -> None:
+    """Print a file that --json wrote as tables in Markdown.
+
+    \b
+    Example:
+      keras-dfp bench report resnet50.json >> performance.md
+    """
+    try:
+        document = json.loads(file.read_text())
+        schema = document["schema"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise click.ClickException(f"{file} was not written by keras-dfp bench --json.") from error
+    if schema != SCHEMA:
+        raise click.ClickException(
+            f"{file} has schema {schema}; this version reads {SCHEMA}. Measure again."
+        )
+    click.echo(report.markdown(document, rows))
+    if plot_path:
+        _draw(document, plot_path)
+
+
+# ---- running them --------------------------------------------------------------------------------
+
+
+def _run(
+    benchmark: str,
+    each: list[dict],
+    *,
+    isa: str | None,
+    threads: list[int | None],
+    json_path: Path | None,
+    plot_path: Path | None = None,
+    parts: tuple[dict, ...] | list[dict] = ({},),
+) -> None:
+    """Measures every configuration and prints it row by row; writes what was asked for.
+
+    Args:
+        benchmark: Name of the module of keras_dfp.benchmarks.
+        each: Settings, one dict per run.
+        isa: Instruction set, None for the best.
+        threads: Each run is measured with each of these numbers; None for all threads.
+        json_path: Where to write the document.
+        plot_path: Where to draw it.
+        parts: What to add to a run's settings: one process each.
+    """
+    document = {"schema": SCHEMA, "benchmark": benchmark, "complete": False, "runs": []}
+    try:
+        for settings, n in itertools.product(each, threads):
+            run = {"settings": {**settings, "isa": isa, "threads": n}, "machine": {}, "rows": []}
+            document["runs"].append(run)
+            for part in parts:
+                _measure(benchmark, run, part)
+            _print_summaries(benchmark, run)
+        document["complete"] = True
+        for table in report.speedups(document):
+            click.echo("\n" + report.text(table))
+    except KeyboardInterrupt:
+        click.echo("\n\nInterrupted; so far:")
+        _print_summaries(benchmark, document["runs"][-1])
+        raise
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        document["runs"] = [run for run in document["runs"] if run["rows"]]
+        if json_path and document["runs"]:
+            with written_whole(json_path) as path:
+                path.write_text(json.dumps(document, indent=1) + "\n")
+        if plot_path and document["runs"]:
+            _draw(document, plot_path)
+
+
+def _measure(benchmark: str, run: dict, part: dict) -> None:
+    """Measures, printing every row as it comes and adding it to the run."""
+    progress = click.get_text_stream("stderr")
+    shown = sys.stderr.isatty()
+    for kind, value in measure(_module(benchmark), {**run["settings"], **part}):
+        if shown:
+            progress.write("\r\033[K")
+        if kind == "doing" and shown:
+            progress.write(f"measuring {value} ...")
+            progress.flush()
+        elif kind == "machine" and not run["machine"]:
+            run["machine"] = value
+            click.echo(f"\n{report.title(benchmark, run)}\n")
+        elif kind == "row":
+            run["rows"].append(value)
+            columns = report.columns(benchmark, run)
+            if len(run["rows"]) == 1:
+                click.echo(report.header(columns))
+            click.echo(report.line(columns, value))
+
+
+def _module(benchmark: str) -> str:
+    return "conv" if benchmark == "depthwise" else benchmark
+
+
+def _print_summaries(benchmark: str, run: dict) -> None:
+    for table in report.summaries(benchmark, run):
+        click.echo("\n" + report.text(table))
+
+
+def _draw(document: dict, path: Path) -> None:
+    with written_whole(path) as temporary:
+        roofline.plot(document, temporary)
