@@ -7,21 +7,24 @@ from typing import NamedTuple
 
 import keras
 
-import keras_dfp
+from keras_dfp import zoo
+from keras_dfp.policy import policy_scope
 
-NETWORKS = ("resnet50", "vgg16", "mobilenet_v2")
+NETWORKS = ("resnet50", "vgg16", "googlenet_v1", "alexnet", "mobilenet_v2")
 BATCHES = {"vgg16": 16}  # elsewhere 32
-_APPLICATIONS = {
-    "resnet50": keras.applications.ResNet50,
-    "vgg16": keras.applications.VGG16,
-    "mobilenet_v2": keras.applications.MobileNetV2,
-}
+IMAGE_SIZES = {"alexnet": 227}  # elsewhere 224
 
 
 def build(network: str, image_size: int, policy: str = "float32") -> keras.Model:
-    """Returns an untrained network for square colour images and 1,000 classes."""
-    with keras_dfp.policy_scope(policy):
-        return _APPLICATIONS[network](weights=None, input_shape=(image_size, image_size, 3))
+    """Returns an untrained network for square colour images and 1,000 classes.
+
+    GoogLeNet comes without its auxiliary classifiers.
+    """
+    shape = (image_size, image_size, 3)
+    if network in zoo.list():
+        return zoo.load(network, input_shape=shape, policy=policy)
+    with policy_scope(policy):
+        return keras.applications.MobileNetV2(weights=None, input_shape=shape)
 
 
 class Layer(NamedTuple):

@@ -20,18 +20,28 @@ import tensorflow as tf
 from keras_dfp.benchmarks.machine import medians
 from keras_dfp.benchmarks.networks import build
 
-# The first pattern found in an op's type decides. TensorFlow prefixes and suffixes types of its
-# own, such as _MklNativeConv2D and _FusedConv2D.
-KINDS = {
-    "convolutions and products": r"Conv(?!ert)|Mat[Mm]ul|Einsum|XlaRun|XlaLaunch",
+# Kinds of op by their type: the first pattern found decides. TensorFlow prefixes and suffixes types
+# of its own, such as _MklNativeConv2D and _FusedConv2D. What XLA runs is seen as
+# ExecuteAsyncOnStream: Keras gives it convolutions in groups, and nothing else here.
+TYPES = {
+    "convolutions and products": r"Conv(?!ert)|Mat[Mm]ul|^Execute\w*OnStream",
     "quantisation": r"^Dfp(Quantize|Dequantize|Token)",
-    "batch norm": r"BatchNorm|SquaredDifference|Rsqrt|^Mean$",
-    "activation": r"Relu|Softmax",
-    "pooling, LRN": r"Pool|LRN",
     "casts": r"Cast$",
-    "optimizer": r"^Resource|Assign\w*VariableOp",
-    "element by element": r"(Add|AddV2|AddN|Sub|Mul|Div|Square|Neg|Maximum|Minimum|Select|SelectV2)$",
-    "copies and sums": r"Pad|Concat|Slice|Transpose|Tile|Broadcast|Fill|Zeros|Sum|Reshape|Identity",
+    "sums of gradients": r"AddN$",
+}
+# Kinds of op by the class of the layer they belong to, for all others.
+LAYERS = {
+    "BatchNormalization": "batch norm",
+    "Activation": "activation",
+    "ReLU": "activation",
+    "Add": "residual sums",
+    "MaxPooling2D": "pooling",
+    "AveragePooling2D": "pooling",
+    "GlobalAveragePooling2D": "pooling",
+    "LocalResponseNormalization": "response normalisation",
+    "Conv2D": "bias and ReLU of products",
+    "DepthwiseConv2D": "bias and ReLU of products",
+    "Dense": "bias and ReLU of products",
 }
 OTHER = "other"
 
@@ -68,7 +78,7 @@ def measure(settings: dict) -> Iterator[dict | str]:
         "images_per_s": 1e3 * batch / milliseconds,
         "peak_memory_mb": peak / 1e6,
         "parameters": model.count_params(),
-        "kinds": profile(run, graph),
+        "kinds": profile(run, graph, model),
     }
 
 
@@ -79,12 +89,13 @@ def peak_memory() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
 
 
-def profile(run, graph) -> list[dict]:
+def profile(run, graph, model: keras.Model) -> list[dict]:
     """Runs a step under TensorFlow's profiler.
 
     Args:
         run: Runs the step.
         graph: Its graph, in which ops have the names that the profiler reports.
+        model: The model it trains.
 
     Returns:
         One dict per kind of op, the most time first: `kind`; `ms`, their time added up, which is
@@ -101,10 +112,12 @@ def profile(run, graph) -> list[dict]:
         tf.profiler.experimental.stop()
         (path,) = Path(folder).rglob("*.xplane.pb")
         ops = list(timed_ops(path.read_bytes()))
+    classes = {layer.name: type(layer).__name__ for layer in model.layers}
+    classes[model.optimizer.name] = "optimizer"
     moved = {op.name: _bytes(op.inputs) + _bytes(op.outputs) for op in graph.get_operations()}
     kinds = collections.defaultdict(lambda: {"ms": 0.0, "calls": 0, "mb": 0.0, "ops": {}})
     for name, op_type, ms in ops:
-        kind = kinds[kind_of(op_type)]
+        kind = kinds[kind_of(name, op_type, classes)]
         kind["ms"] += ms
         kind["calls"] += 1
         kind["mb"] += moved.get(name, 0) / 1e6
@@ -115,10 +128,17 @@ def profile(run, graph) -> list[dict]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def kind_of(op_type: str) -> str:
-    """Returns the kind of an op by its type."""
-    matches = (kind for kind, pattern in KINDS.items() if re.search(pattern, op_type))
-    return next(matches, OTHER)
+def kind_of(name: str, op_type: str, classes: dict[str, str]) -> str:
+    """Returns the kind of an op by its type, or by its name and the classes that layers have."""
+    for kind, pattern in TYPES.items():
+        if re.search(pattern, op_type):
+            return kind
+    # "model_1/layer_1/op" or "gradient_tape/model_1/layer_1/op", where _1 may be missing.
+    for part in name.split("/"):
+        layer = classes.get(part) or classes.get(re.sub(r"_\d+$", "", part))
+        if layer is not None:
+            return LAYERS.get(layer, layer)
+    return OTHER
 
 
 def timed_ops(trace: bytes) -> Iterator[tuple[str, str, float]]:
@@ -137,21 +157,21 @@ def timed_ops(trace: bytes) -> Iterator[tuple[str, str, float]]:
 
 def _own_times(events: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, str, float]]:
     """Yields the ops among the events of one thread; inner ops' time is not the outer one's."""
-    # An op's event is called "name:Type".
-    ops = [
+    # An op's event is called "name:Type"; XLA's is CpuExecutable::ExecuteAsyncOnStream.
+    ops = sorted(
         (start, -duration, *name.rsplit(":", 1))
         for name, start, duration in events
-        if re.fullmatch(r"[\w./>-]+:\w+", name)
-    ]
-    own, around = [], []
-    for i, (start, negative, _, _) in enumerate(sorted_ops := sorted(ops)):
-        own.append(-negative)
-        while around and start >= sorted_ops[around[-1]][0] - sorted_ops[around[-1]][1]:
+        if re.fullmatch(r"[\w./>-]+:\w+|CpuExecutable::\w+", name)
+    )
+    own = [-negative for _, negative, _, _ in ops]
+    around = []
+    for i, (start, negative, _, _) in enumerate(ops):
+        while around and start >= ops[around[-1]][0] - ops[around[-1]][1]:
             around.pop()
         if around:
             own[around[-1]] += negative
         around.append(i)
-    for (_, _, name, op_type), picoseconds in zip(sorted_ops, own, strict=True):
+    for (_, _, name, op_type), picoseconds in zip(ops, own, strict=True):
         yield name, op_type, picoseconds / 1e9
 
 

@@ -16,7 +16,7 @@ from keras_dfp import native
 from keras_dfp.benchmarks import gemm as gemm_benchmark
 from keras_dfp.benchmarks import quantise as quantise_benchmark
 from keras_dfp.benchmarks import report, roofline
-from keras_dfp.benchmarks.networks import BATCHES, NETWORKS
+from keras_dfp.benchmarks.networks import BATCHES, IMAGE_SIZES, NETWORKS
 from keras_dfp.benchmarks.products import DTYPES
 from keras_dfp.benchmarks.run import SCHEMA, measure
 from keras_dfp.cli.files import written_whole
@@ -134,15 +134,22 @@ def _network(*default: str) -> Callable:
             help="May be given several times.",
         ),
         click.option("--batch", type=click.IntRange(min=1), help="[default: 32; 16 for vgg16]"),
-        click.option("--image-size", type=click.IntRange(min=32), default=224, show_default=True),
+        click.option(
+            "--image-size",
+            type=click.IntRange(min=35),
+            help="[default: 224; 227 for alexnet]",
+        ),
     )
 
 
-def _each_network(networks, batch: int | None, image_size: int) -> list[dict]:
-    names = NETWORKS if "all" in networks else dict.fromkeys(networks)
+def _each_network(networks, batch: int | None, image_size: int | None) -> list[dict]:
     return [
-        {"network": name, "batch": batch or BATCHES.get(name, 32), "image_size": image_size}
-        for name in names
+        {
+            "network": name,
+            "batch": batch or BATCHES.get(name, 32),
+            "image_size": image_size or IMAGE_SIZES.get(name, 224),
+        }
+        for name in (NETWORKS if "all" in networks else dict.fromkeys(networks))
     ]
 
 
@@ -386,6 +393,8 @@ def _run(
             document["runs"].append(run)
             for part in parts:
                 _measure(benchmark, run, part)
+            if not run["rows"]:
+                click.echo(f"Nothing to measure: {settings['network']} has no such layers.")
             _print_summaries(benchmark, run)
         document["complete"] = True
         for table in report.speedups(document):
@@ -407,14 +416,12 @@ def _run(
 
 def _measure(benchmark: str, run: dict, part: dict) -> None:
     """Measures, printing every row as it comes and adding it to the run."""
-    progress = click.get_text_stream("stderr")
     shown = sys.stderr.isatty()
     for kind, value in measure(_module(benchmark), {**run["settings"], **part}):
         if shown:
-            progress.write("\r\033[K")
+            click.echo("\r\033[K", nl=False, err=True)
         if kind == "doing" and shown:
-            progress.write(f"measuring {value} ...")
-            progress.flush()
+            click.echo(f"measuring {value} ...", nl=False, err=True)
         elif kind == "machine" and not run["machine"]:
             run["machine"] = value
             click.echo(f"\n{report.title(benchmark, run)}\n")

@@ -1,0 +1,346 @@
+"""The benchmarks: that what is timed is the same product, and that figures are told as they are."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import keras_dfp
+from keras_dfp.benchmarks import machine, networks, products, quantise, report, run, small, step
+from keras_dfp.cli import main
+
+BOTH = ["float32", "bfloat16"]
+# How far a product of hundreds of random numbers may be off, of its largest element.
+TOLERANCES = {"dfp": 1e-3, "bfloat16": 3e-2}
+
+
+def bench(*arguments, code=0):
+    result = CliRunner().invoke(main, ["bench", *map(str, arguments)], prog_name="keras-dfp")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def first_output(result):
+    """An op with several outputs returns them all; the product is the first."""
+    return np.asarray((result if hasattr(result, "dtype") else result[0]).numpy(), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("passes", "macs"),
+    [
+        (lambda: products.dense(4, 300, 20, BOTH), 4 * 300 * 20),
+        (
+            lambda: products.convolution(
+                (2, 9, 9, 32), (3, 3, 32, 16), (2, 2), "SAME", False, BOTH
+            ),
+            2 * 5 * 5 * 16 * 3 * 3 * 32,
+        ),
+        (
+            lambda: products.convolution(
+                (2, 9, 9, 32), (3, 3, 16, 24), (1, 1), "VALID", False, ["float32"]
+            ),
+            2 * 7 * 7 * 24 * 3 * 3 * 16,
+        ),
+        (
+            lambda: products.convolution((2, 9, 9, 32), (3, 3, 32, 1), (1, 1), "SAME", True, BOTH),
+            2 * 9 * 9 * 32 * 3 * 3,
+        ),
+    ],
+    ids=["dense", "conv", "grouped", "depthwise"],
+)
+def test_all_ways_compute_the_same_product(passes, macs):
+    passes, (x, w, dy) = passes()
+    assert tuple(passes) == products.PASSES
+    results = {"forward": dy, "input gradient": x, "weight gradient": w}
+    for name, product in passes.items():
+        assert product.macs == macs
+        operands = [t for t in (x, w, dy) if t is not results[name]]
+        assert product.bytes == sum(2 * t.size for t in operands) + 4 * results[name].size
+        exact = first_output(product.ways["float32"]())
+        assert exact.shape == results[name].shape
+        for way in set(product.ways) - {"float32"}:
+            error = np.abs(first_output(product.ways[way]()) - exact).max() / np.abs(exact).max()
+            assert error < TOLERANCES[way], (name, way)
+
+
+def test_layers_of_a_network():
+    found = networks.layers("alexnet", 227)
+    # Sizes, kernels and groups of the paper; padding of conv1 as Caffe has it.
+    assert [str(layer) for layer in found] == [
+        "227x227x3 11x11/4 -> 96",
+        "27x27x96 5x5/1 -> 256, 2 groups",
+        "13x13x256 3x3/1 -> 384",
+        "13x13x384 3x3/1 -> 384, 2 groups",
+        "13x13x384 3x3/1 -> 256, 2 groups",
+        "9216 -> 4096",
+        "4096 -> 4096",
+        "4096 -> 1000",
+    ]
+    assert set(found.values()) == {1}
+
+
+def test_depthwise_layers_are_told_apart():
+    found = networks.layers("mobilenet_v2", 96)
+    counts = dict.fromkeys(("conv", "depthwise", "dense"), 0)
+    for layer, count in found.items():
+        counts[layer.kind] += count
+    assert counts == {"conv": 35, "depthwise": 17, "dense": 1}
+
+
+def test_medians_are_of_the_runs_after_the_first():
+    calls = []
+    taken = machine.medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4
+    assert all(0 < ms < 1000 for ms in taken.values())
+
+
+def test_copy_bandwidth_counts_reading_and_writing():
+    # No memory is slower than 0.1 GB/s, none faster than 10 TB/s.
+    assert 1e8 < machine.copy_bandwidth(2, 1 << 24) < 1e13
+
+
+def rows_of(module, **settings):
+    return [row for row in module.measure(settings) if isinstance(row, dict)]
+
+
+def test_quantise_rows():
+    rows = rows_of(quantise, elements=[1000, 100000], repeats=1)
+    assert [(row["elements"], row["rounding"]) for row in rows] == [
+        (n, rounding) for n in (1000, 100000) for rounding in ("nearest", "truncate", "stochastic")
+    ]
+    assert all(row["bytes"] == 10 * row["elements"] and row["dfp_ms"] > 0 for row in rows)
+
+
+def test_small_rows():
+    rows = rows_of(small, repeats=1)
+    assert {row["mode"] for row in rows} == {"eager", "graph"}
+    for row in rows:
+        # A call takes more than a function that does nothing and less than a second.
+        assert all(0.05 < row[f"{way}_us"] < 1e6 for way in ("dfp", "float32", "quantise")), row
+
+
+def test_a_graph_of_small_calls_makes_them_all():
+    counted = []
+    import tensorflow as tf
+
+    def call():
+        return tf.py_function(lambda: counted.append(1) or 1.0, [], tf.float32)
+
+    small._graph(call)()
+    assert len(counted) == small.CALLS
+
+
+def check_document(path, benchmark, runs):
+    document = json.loads(path.read_text())
+    assert set(document) == {"schema", "benchmark", "complete", "runs"}
+    assert (document["schema"], document["benchmark"]) == (run.SCHEMA, benchmark)
+    assert len(document["runs"]) == runs
+    for each in document["runs"]:
+        assert set(each) == {"settings", "machine", "rows"}
+        assert {"cpu", "isa", "threads", "tensorflow", "keras_dfp"} <= set(each["machine"])
+    return document
+
+
+def test_gemm(tmp_path):
+    written, plot = tmp_path / "gemm.json", tmp_path / "gemm.png"
+    arguments = ["--size", 96, "--size", "64x32x500", "--repeats", 2, "--threads", "1,2"]
+    arguments += ["--against", "float32,bfloat16", "--json", written, "--plot", plot]
+    output = bench("gemm", *arguments)
+    document = check_document(written, "gemm", runs=2)
+    assert document["complete"]
+    assert [r["machine"]["threads"] for r in document["runs"]] == [1, 2]
+    for each in document["runs"]:
+        assert [(row["m"], row["n"], row["k"]) for row in each["rows"]] == [
+            (96, 96, 96),
+            (64, 32, 500),
+        ]
+        for row in each["rows"]:
+            assert row["macs"] == row["m"] * row["n"] * row["k"]
+            # No result can beat the roof by more than the noise of a busy machine.
+            assert 0 < report.gmacs(row) < 3 * each["machine"]["peak_gmacs"]
+            cells = [f"{row['m']} x {row['n']} x {row['k']}", f"{row['dfp_ms']:.2f}"]
+            cells += [f"{row['float32_ms']:.2f}", f"{row['float32_ms'] / row['dfp_ms']:.2f}"]
+            assert re.search(".* ".join(map(re.escape, cells)), output)
+            both = row["dfp_ms"] + row["quantise_ms"]
+            assert report.ratio(row, "float32", quantise=True) == row["float32_ms"] / both
+    one, two = (each["rows"][0]["dfp_ms"] for each in document["runs"])
+    assert re.search(rf"Threads: gemm\n.*\n96 x 96 x 96 .* {one / two:.2f}\n", output)
+    assert keras_dfp.info()["cpu"] in output
+    assert matplotlib.image.imread(plot).shape[:2] == (1650, 1200)
+
+    printed = bench("report", written)
+    # Of each number of threads, and both together; and where it is slower, if it is.
+    assert printed.count("| 96 x 96 x 96 |") >= 3
+    for line in printed.splitlines():
+        if line.startswith("|"):
+            assert line.endswith("|")
+    document["complete"] = False
+    written.write_text(json.dumps(document))
+    assert "Interrupted" in bench("report", written)
+
+
+def test_conv_forced_to_an_instruction_set(tmp_path):
+    isas = [entry["name"] for entry in keras_dfp.info()["kernels"] if entry["available"]]
+    isa = "avx2" if "avx2" in isas else "portable"
+    written = tmp_path / "conv.json"
+    arguments = ["--network", "alexnet", "--image-size", 35, "--batch", 1, "--repeats", 1]
+    output = bench("conv", *arguments, "--isa", isa, "--json", written)
+    (each,) = check_document(written, "conv", runs=1)["runs"]
+    assert each["machine"]["isa"] == isa
+    assert each["machine"]["onednn_max_cpu_isa"] == ("AVX2" if isa == "avx2" else None)
+    assert ("oneDNN held to AVX2" in output) == (isa == "avx2")
+    rows = each["rows"]
+    first = [row["pass"] for row in rows if row["layer"] == rows[0]["layer"]]
+    assert first == ["forward", "weight gradient"]
+    assert len(rows) == 3 * 8 - 1
+    for row in rows:
+        reuses = row["pass"] == "weight gradient" and row is not rows[1]
+        assert (row["quantise_ms"] == 0) == reuses
+    totals = {row["pass"]: row for row in report.totals(each)}
+    assert totals["all"]["macs"] == sum(row["macs"] for row in rows)
+    assert f"{totals['all']['float32_ms'] / totals['all']['dfp_ms']:.2f}" in output
+    slower = sum(row["dfp_ms"] > row["float32_ms"] for row in rows)
+    assert f"Slower than TensorFlow's float32: {slower} of 23." in output
+    assert "| total |" in bench("report", written)
+    assert "| 4096 -> 4096 | 1 | input gradient |" in bench("report", "--rows", written)
+
+
+def test_totals_count_every_occurrence():
+    rows = [
+        {"count": 3, "pass": "forward", "macs": 5, "bytes": 7, "dfp_ms": 1.0, "quantise_ms": 0.5},
+        {"count": 1, "pass": "forward", "macs": 1, "bytes": 1, "dfp_ms": 2.0, "quantise_ms": 0.0},
+    ]
+    assert report.total(rows) == {"macs": 16, "bytes": 22, "dfp_ms": 5.0, "quantise_ms": 1.5}
+
+
+def test_step(tmp_path):
+    written = tmp_path / "step.json"
+    arguments = ["--network", "alexnet", "--image-size", 35, "--batch", 2, "--repeats", 1]
+    arguments += ["--policy", "mixed_bfloat16", "--policy", "dfp16", "--json", written]
+    output = bench("--end-to-end", *arguments)
+    (each,) = check_document(written, "step", runs=1)["runs"]
+    assert [row["policy"] for row in each["rows"]] == ["mixed_bfloat16", "dfp16"]
+    for row in each["rows"]:
+        assert row["images_per_s"] == pytest.approx(2000 / row["step_ms"])
+        # More than the weights, their gradients and the momenta; less than a machine has.
+        assert 3 * 4e-6 * row["parameters"] < row["peak_memory_mb"] < 1e5
+        kinds = {kind["kind"]: kind for kind in row["kinds"]}
+        # 8 layers in three passes, but for the first's input gradient; XLA may join passes.
+        assert kinds["convolutions and products"]["calls"] >= 8
+        assert kinds["optimizer"]["ms"] > 0
+        assert ("quantisation" in kinds) == (row["policy"] == "dfp16")
+        assert kinds.get("other", {"ms": 0})["ms"] < 0.5 * sum(kind["ms"] for kind in row["kinds"])
+    assert re.search(r"Where a step's time goes.*\n.*mixed_bfloat16 +dfp16\n", output)
+    assert "quantisation" in bench("report", written)
+
+
+def test_an_op_does_not_count_what_runs_inside_it():
+    events = [
+        ("model/call:PartitionedCall", 0, 10_000_000_000),
+        ("ExecutorState::Process", 0, 9_000_000_000),
+        ("model/conv:Conv2D", 1_000_000_000, 4_000_000_000),
+        ("model/relu:Relu", 6_000_000_000, 1_000_000_000),
+        ("model/next:Relu", 10_000_000_000, 2_000_000_000),
+    ]
+    assert list(step._own_times(events)) == [
+        ("model/call", "PartitionedCall", 5.0),
+        ("model/conv", "Conv2D", 4.0),
+        ("model/relu", "Relu", 1.0),
+        ("model/next", "Relu", 2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "op_type", "kind"),
+    [
+        ("net_1/conv1_1/convolution", "_MklNativeConv2D", "convolutions and products"),
+        ("gradient_tape/net_1/fc/MatMul/MatMul_1", "_MklMatMul", "convolutions and products"),
+        ("net_1/conv1_1/DfpQuantize", "DfpQuantize", "quantisation"),
+        ("gradient_tape/net_1/bn_1/mul", "Mul", "batch norm"),
+        ("net_1/conv1_1/BiasAdd", "BiasAdd", "bias and ReLU of products"),
+        ("sgd/Sub_12", "Sub", "optimizer"),
+        ("net_1/conv1_1/Cast", "Cast", "casts"),
+        ("net_1/drop_1/Mul", "Mul", "Dropout"),
+        ("AddN_3", "AddN", "sums of gradients"),
+        ("loss/Mul", "Mul", "other"),
+    ],
+)
+def test_kinds_of_op(name, op_type, kind):
+    classes = {"conv1": "Conv2D", "fc": "Dense", "bn_1": "BatchNormalization", "drop": "Dropout"}
+    assert step.kind_of(name, op_type, {**classes, "sgd": "optimizer"}) == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["conv", "--network", "resnet51"], "'resnet51' is not one of 'resnet50', 'vgg16'"),
+        (["conv", "--isa", "sse9"], "'sse9' is not available here; available: "),
+        (["conv", "--against", "float32,float8"], "'float8' is not one of"),
+        (["gemm", "--threads", "1,0"], "0 is not in the range x>=1"),
+        (["gemm", "--size", "3x4"], "'3x4' is neither N nor MxNxK"),
+        (["gemm", "--json", "no/such/folder/a.json"], "the folder no/such/folder does not exist"),
+        (["gemm", "--plot", "a.txt"], "a.txt must end in .png, .svg or .pdf"),
+        (["step", "--policy", "int8"], "'int8' is not one of"),
+        (["report", "nowhere.json"], "does not exist"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    assert message in bench(*arguments, code=2)
+
+
+def test_report_of_something_else(tmp_path):
+    path = tmp_path / "a.json"
+    for content in ("{}", "[]", "no json"):
+        path.write_text(content)
+        assert "was not written by keras-dfp bench" in bench("report", path, code=1)
+    path.write_text('{"schema": 0}')
+    assert f"has schema 0; this version reads {run.SCHEMA}" in bench("report", path, code=1)
+
+
+def test_plot_without_matplotlib(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'keras-dfp[bench]'" in bench("gemm", "--plot", "a.png", code=1)
+
+
+def test_a_process_that_fails_says_why(monkeypatch):
+    monkeypatch.setenv("KERAS_DFP_ISA", "sse9")
+    output = bench("quantise", code=1)
+    assert "exit code" in output
+    assert "sse9" in output
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    written = tmp_path / "gemm.json"
+    command = [sys.executable, "-m", "keras_dfp", "bench", "gemm", "--repeats", "100"]
+    command += ["--size", "64", "--size", "4096", "--json", str(written)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("64 x 64 x 64 "):
+                (worker,) = map(int, children(process.pid))
+                process.send_signal(signal.SIGINT)
+                break
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted; so far:" in output
+    assert "Slower than TensorFlow's float32" in output
+    assert "Traceback" not in errors
+    assert not os.path.exists(f"/proc/{worker}")
+    document = check_document(written, "gemm", runs=1)
+    assert not document["complete"]
+    assert [row["m"] for row in document["runs"][0]["rows"]] == [64]
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as ids:
+        return ids.read().split()
