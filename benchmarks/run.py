@@ -58,7 +58,11 @@ def measure(benchmark: str, settings: dict) -> Iterator[tuple[str, dict | str]]:
 
 
 def environment(isa: str | None) -> dict[str, str]:
-    """Returns the environment of a worker that runs on an instruction set, None for the best."""
+    """Returns the environment of a worker that runs on an instruction set.
+
+    What is set already stays, but for `isa`; without it, KERAS_DFP_ISA decides, or else the CPU.
+    """
+    isa = isa or os.environ.get("KERAS_DFP_ISA")
     defaults = {"TF_CPP_MIN_LOG_LEVEL": "3"}
     if isa in ONEDNN_ISAS:
         defaults["ONEDNN_MAX_CPU_ISA"] = ONEDNN_ISAS[isa]

@@ -279,6 +279,19 @@ def test_kinds_of_op(name, op_type, kind):
     assert step.kind_of(name, op_type, {**classes, "sgd": "optimizer"}) == kind
 
 
+def test_tensorflow_is_held_to_the_same_instruction_set(monkeypatch):
+    for name in ("KERAS_DFP_ISA", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    assert not {"KERAS_DFP_ISA", "ONEDNN_MAX_CPU_ISA"} & run.environment(None).keys()
+    assert "ONEDNN_MAX_CPU_ISA" not in run.environment("avx512vnni")
+    assert run.environment("avx2")["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    monkeypatch.setenv("KERAS_DFP_ISA", "avx2")
+    assert run.environment(None)["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert run.environment("portable")["KERAS_DFP_ISA"] == "portable"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    assert run.environment(None)["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -74,5 +74,6 @@ def test_sdist_and_wheel(tmp_path):
     for network in (ROOT / "model_zoo").glob("*/recipe.toml"):
         for file in network.parent.glob("[!_]*.*"):
             assert f"keras_dfp/model_zoo/{network.parent.name}/{file.name}" in names
+    assert "keras_dfp/benchmarks/worker.py" in names
     assert not [name for name in names if not name.startswith(("keras_dfp/", "keras_dfp-"))]
     assert "License-Expression: Apache-2.0" in metadata

@@ -401,7 +401,8 @@ def _run(
             click.echo("\n" + report.text(table))
     except KeyboardInterrupt:
         click.echo("\n\nInterrupted; so far:")
-        _print_summaries(benchmark, document["runs"][-1])
+        for run in document["runs"][-1:]:
+            _print_summaries(benchmark, run)
         raise
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
