@@ -40,7 +40,7 @@ def roofs(threads: int) -> dict:
 
 
 def copy_bandwidth(threads: int, size: int = COPIED_BYTES) -> float:
-    """Returns the bytes read and written per second by the C library's copy: the best of five.
+    """Returns the bytes read and written per second by the C library's copy: the best of ten.
 
     Args:
         threads: How many threads share the copy.
@@ -56,7 +56,7 @@ def copy_bandwidth(threads: int, size: int = COPIED_BYTES) -> float:
 
     seconds = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
+        for _ in range(10):
             start = time.perf_counter()
             list(pool.map(copy, range(threads)))
             seconds.append(time.perf_counter() - start)
