@@ -161,13 +161,16 @@ def total(rows: list[Row]) -> Row:
 
 
 def totals(run: dict) -> list[Row]:
-    """Returns the totals of a network's layers, of each pass and of all."""
-    label = {"layer": "total", "count": ""}
+    """Returns the totals of a network's layers: of each pass, of all, and of all but those in
+    groups, where TensorFlow is so slow that they would decide about the network."""
+    parts = {("total", name): lambda row, name=name: row["pass"] == name for name in PASSES}
+    parts["total", "all"] = lambda row: True
+    if any(row["kind"] == "grouped" for row in run["rows"]):
+        parts["total without groups", "all"] = lambda row: row["kind"] != "grouped"
     result = []
-    for name in (*PASSES, "all"):
-        rows = [row for row in run["rows"] if name in ("all", row["pass"])]
-        if rows:
-            result.append({**label, "pass": name, **total(rows)})
+    for (label, name), wanted in parts.items():
+        if rows := [row for row in run["rows"] if wanted(row)]:
+            result.append({"layer": label, "count": "", "pass": name, **total(rows)})
     return result
 
 
@@ -246,7 +249,7 @@ def _speedup(fewest, times):
 
 def _times(benchmark: str, run: dict) -> dict[str, float]:
     if benchmark in ("conv", "depthwise"):
-        return {row["pass"]: row["dfp_ms"] for row in totals(run)}
+        return {f"{row['layer']} {row['pass']}": row["dfp_ms"] for row in totals(run)}
     if benchmark == "gemm":
         return {_size(row): row["dfp_ms"] for row in run["rows"]}
     if benchmark == "quantise":

@@ -205,9 +205,13 @@ def test_conv_forced_to_an_instruction_set(tmp_path):
     for row in rows:
         reuses = row["pass"] == "weight gradient" and row is not rows[1]
         assert (row["quantise_ms"] == 0) == reuses
-    totals = {row["pass"]: row for row in report.totals(each)}
-    assert totals["all"]["macs"] == sum(row["macs"] for row in rows)
-    assert f"{totals['all']['float32_ms'] / totals['all']['dfp_ms']:.2f}" in output
+    *passes, everything, ungrouped = report.totals(each)
+    assert [row["pass"] for row in passes] == list(products.PASSES)
+    assert everything["macs"] == sum(row["macs"] for row in rows)
+    assert everything["macs"] == sum(row["macs"] for row in passes)
+    grouped = sum(row["macs"] for row in rows if "groups" in row["layer"])
+    assert everything["macs"] - ungrouped["macs"] == grouped
+    assert f"{everything['float32_ms'] / everything['dfp_ms']:.2f}" in output
     slower = sum(row["dfp_ms"] > row["float32_ms"] for row in rows)
     assert f"Slower than TensorFlow's float32: {slower} of 23." in output
     assert "| total |" in bench("report", written)
