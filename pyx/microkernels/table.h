@@ -45,6 +45,13 @@ static int cpu_avx512vnni(void) {
 }
 #endif
 
+/* Its lanes are counted as on little-endian machines. */
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#include <arm_neon.h>
+#include "neon.h"
+#define DFP_HAS_NEON 1
+#endif
+
 static int cpu_any(void) { return 1; }
 
 typedef struct {
@@ -63,6 +70,9 @@ static const dfp_isa dfp_isas[] = {
     {"avxvnni", NULL, cpu_avxvnni},
 #endif
     {"avx2", &dfp_kernel__avx2, cpu_avx2},
+#endif
+#ifdef DFP_HAS_NEON
+    {"neon", &dfp_kernel__neon, cpu_any},
 #endif
     {"portable", &dfp_kernel__portable, cpu_any},
 };
