@@ -17,8 +17,9 @@
  *        from acc (one float tile [mr][nr]) if `resume`, else from zero.
  *
  * Output: if `c` is not NULL, all mr x nr values of the sum, rounded once to float32 (exact mode)
- * and times `scale`, a power of two, go to c[i * ldc + j]. The caller guarantees that |v| < 2**47
- * and that neither scale nor a nonzero result is subnormal. If `c` is NULL, the sum goes to acc.
+ * and times `scale`, a power of two, go to c[i * ldc + j]. The caller guarantees that |v|, and
+ * every sum of some of its products, is below 2**47, and that neither scale nor a nonzero result
+ * is subnormal. If `c` is NULL, the sum goes to acc.
  *        With `stream`, c and ldc are multiples of 64 bytes, and the stores may go past the caches.
  */
 #ifndef DFP_MICROKERNEL_H

@@ -1,49 +1,73 @@
-/* Plain C: the fallback of every machine, and the reading copy of the register tile. */
+/* C without any instruction set: the fallback of every machine, and the reading copy of the tile. */
 
 #define ISA portable
 #define TARGET
 
 #include "loops.h"
 
-enum { PORTABLE_MR = 4, PORTABLE_NR = 8 };
+enum { PORTABLE_MR = 4, PORTABLE_NR = 8, PORTABLE_LANES = 2 * PORTABLE_NR };
 
-/* One chain of `n` pairs from pair `first` on. */
-static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n,
-                                  int32_t acc[PORTABLE_MR][PORTABLE_NR]) {
-    for (int64_t p = first; p < first + n; p++) {
-        const int16_t *b = t->b + p * 2 * PORTABLE_NR;
+/* A row of sums, even and odd products apart, as they lie in B: added up at the end only. */
+typedef int32_t portable_row[PORTABLE_LANES];
+
+/* The vectors of GNU C, which every machine has, if need be in pieces. */
+typedef int16_t portable_s16x8 __attribute__((vector_size(16)));
+typedef int32_t portable_s32x4 __attribute__((vector_size(16)));
+
+/* Adds a chain of `n` pairs from pair `first` on. */
+static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, portable_row *acc) {
+    const int16_t *a[PORTABLE_MR], *b = t->b + first * PORTABLE_LANES;
+    portable_s32x4 sum[PORTABLE_MR][PORTABLE_LANES / 4];
+    memcpy(sum, acc, sizeof sum);
+    for (int i = 0; i < PORTABLE_MR; i++)
+        a[i] = t->a + (i < t->rows ? i : t->rows - 1) * t->row_stride + first * t->pair_stride;
+    for (int64_t p = 0; p < n; p++, b += PORTABLE_LANES)
         for (int i = 0; i < PORTABLE_MR; i++) {
-            const int64_t row = i < t->rows ? i : t->rows - 1;
-            const int16_t *a = t->a + row * t->row_stride + p * t->pair_stride;
-            for (int j = 0; j < PORTABLE_NR; j++)
-                acc[i][j] += a[0] * b[2 * j] + a[1] * b[2 * j + 1];
+            const int32_t pair = load_s32(a[i] + p * t->pair_stride);
+            const portable_s16x8 x = (portable_s16x8)(portable_s32x4){pair, pair, pair, pair};
+            for (int j = 0; j < PORTABLE_LANES; j += 8) {
+                const portable_s16x8 y = *(const portable_s16x8 *)(b + j);
+                /* As a loop: gcc 12 finds no widening multiplication in a product of vectors. */
+                int32_t products[8];
+                for (int l = 0; l < 8; l++) products[l] = x[l] * y[l];
+                portable_s32x4 low, high;
+                memcpy(&low, products, sizeof low);
+                memcpy(&high, products + 4, sizeof high);
+                sum[i][j / 4] += low;
+                sum[i][j / 4 + 1] += high;
+            }
         }
-    }
+    memcpy(acc, sum, sizeof sum);
 }
 
 static void gemm_s16_exact__portable(const dfp_tile *t) {
     const int tile = PORTABLE_MR * PORTABLE_NR;
-    int32_t hi[PORTABLE_MR][PORTABLE_NR] = {{0}}, acc[PORTABLE_MR][PORTABLE_NR] = {{0}};
-    if (t->resume) {
-        memcpy(hi, t->acc, sizeof hi);
-        memcpy(acc, t->acc + tile, sizeof acc);
-    }
+    portable_row hi[PORTABLE_MR] = {{0}}, acc[PORTABLE_MR] = {{0}};
+    if (t->resume)
+        for (int i = 0; i < PORTABLE_MR; i++)
+            for (int j = 0; j < PORTABLE_NR; j++) {
+                hi[i][2 * j] = t->acc[i * PORTABLE_NR + j];
+                acc[i][2 * j] = t->acc[tile + i * PORTABLE_NR + j];
+            }
     for (int64_t p = 0; p < t->pairs; p += t->chain) {
         portable_chain(t, p, t->pairs - p < t->chain ? t->pairs - p : t->chain, acc);
         for (int i = 0; i < PORTABLE_MR; i++)
-            for (int j = 0; j < PORTABLE_NR; j++) {
+            for (int j = 0; j < PORTABLE_LANES; j++) {
                 hi[i][j] += acc[i][j] >> 16;
                 acc[i][j] &= 65535;
             }
     }
-    if (!t->c) {
-        memcpy(t->acc, hi, sizeof hi);
-        memcpy(t->acc + tile, acc, sizeof acc);
-        return;
-    }
     for (int i = 0; i < PORTABLE_MR; i++)
-        for (int j = 0; j < PORTABLE_NR; j++)
-            t->c[i * t->ldc + j] = (float)((hi[i][j] * 65536.0 + acc[i][j]) * t->scale);
+        for (int j = 0; j < PORTABLE_NR; j++) {
+            const int64_t v = ((int64_t)hi[i][2 * j] + hi[i][2 * j + 1]) * 65536 +
+                              acc[i][2 * j] + acc[i][2 * j + 1];
+            if (t->c) {
+                t->c[i * t->ldc + j] = (float)((double)v * t->scale);
+            } else {
+                t->acc[i * PORTABLE_NR + j] = (int32_t)(v >> 16);
+                t->acc[tile + i * PORTABLE_NR + j] = (int32_t)(v & 65535);
+            }
+        }
 }
 
 static void gemm_s16_spill__portable(const dfp_tile *t) {
@@ -51,10 +75,11 @@ static void gemm_s16_spill__portable(const dfp_tile *t) {
     if (t->resume) memcpy(sum, t->acc, sizeof sum);
     for (int64_t s = 0; s < t->pairs; s += t->segment)
         for (int64_t p = 0; p < t->segment; p += t->chain) {
-            int32_t acc[PORTABLE_MR][PORTABLE_NR] = {{0}};
+            portable_row acc[PORTABLE_MR] = {{0}};
             portable_chain(t, s + p, t->segment - p < t->chain ? t->segment - p : t->chain, acc);
             for (int i = 0; i < PORTABLE_MR; i++)
-                for (int j = 0; j < PORTABLE_NR; j++) sum[i][j] += (float)acc[i][j];
+                for (int j = 0; j < PORTABLE_NR; j++)
+                    sum[i][j] += (float)(acc[i][2 * j] + acc[i][2 * j + 1]);
         }
     if (!t->c) {
         memcpy(t->acc, sum, sizeof sum);

@@ -18,13 +18,23 @@ static inline int32_t load_s32(const int16_t *p) {
 #include <immintrin.h>
 
 /* Compilers too old for an instruction set leave its kernel out. */
-#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#if defined(__clang__)
+#define DFP_KNOWN_SINCE(gcc, clang) (__clang_major__ >= (clang))
+#else
+#define DFP_KNOWN_SINCE(gcc, clang) (__GNUC__ >= (gcc))
+#endif
+#if DFP_KNOWN_SINCE(8, 7)
+#define DFP_HAS_AVX512VNNI 1
+#endif
+#if DFP_KNOWN_SINCE(11, 12)
 #define DFP_HAS_AVXVNNI 1
 #endif
 
 #include "avx2.h"
 #include "avx512bw.h"
+#ifdef DFP_HAS_AVX512VNNI
 #include "avx512vnni.h"
+#endif
 #ifdef DFP_HAS_AVXVNNI
 #include "avxvnni.h"
 #endif
@@ -41,7 +51,9 @@ static int cpu_avx512bw(void) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 static int cpu_avx512vnni(void) {
-    return cpu_avx512bw() && __builtin_cpu_supports("avx512vnni");
+    /* The same compilers do not know the feature's name. */
+    unsigned a, b, c, d;
+    return cpu_avx512bw() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
 }
 #endif
 
@@ -62,7 +74,11 @@ typedef struct {
 
 static const dfp_isa dfp_isas[] = {
 #if defined(__x86_64__)
+#ifdef DFP_HAS_AVX512VNNI
     {"avx512vnni", &dfp_kernel__avx512vnni, cpu_avx512vnni},
+#else
+    {"avx512vnni", NULL, cpu_avx512vnni},
+#endif
     {"avx512bw", &dfp_kernel__avx512bw, cpu_avx512bw},
 #ifdef DFP_HAS_AVXVNNI
     {"avxvnni", &dfp_kernel__avxvnni, cpu_avxvnni},

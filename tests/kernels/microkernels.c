@@ -11,7 +11,7 @@
 
 #include "microkernels/table.h"
 
-#if defined(__x86_64__)
+#ifdef DFP_HAS_AVX512VNNI
 /* AVX-VNNI's tile on CPUs that know its instruction in AVX-512's encoding only. */
 #define ISA avxvnni_evex
 #define ISA_NAME "avxvnni-evex"
@@ -64,6 +64,12 @@ static float float_of(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+/* A sum of either sign that lies at, or one beside, a float32 or the middle between two. */
+static int64_t near_tie(int bit) {
+    const int64_t v = ((int64_t)1 << bit) + ((int64_t)word() & 3) * ((int64_t)1 << (bit - 24));
+    return (v + between(-1, 1)) * (word() % 2 ? 1 : -1);
 }
 
 /* The exact value rounded once: a long double holds every int64, on every machine we know. */
@@ -200,12 +206,9 @@ static void check_rounding(void) {
     fill_operands(&t, 1, LARGEST, 0, 0);
     t.segment = t.chain = 1;
     for (int n = 0; n < tile; n++) {
-        const int bit = between(24, 46);
-        int64_t v = ((int64_t)1 << bit) + ((int64_t)word() & 3) * ((int64_t)1 << (bit - 24));
-        v += between(-1, 1);
-        if (word() % 8 == 0) v = ((int64_t)1 << 47) - 1;
+        int64_t v = near_tie(between(24, 46));
+        if (word() % 8 == 0) v = (((int64_t)1 << 47) - 1) * (word() % 2 ? 1 : -1);
         if (word() % 8 == 0) v = 0;
-        if (word() % 2) v = -v;
         exact_sum[n / kernel->nr][n % kernel->nr] = v;
         acc_space[n] = (int32_t)((v - (v & 65535)) / 65536);
         acc_space[tile + n] = (int32_t)(v & 65535);
@@ -294,12 +297,13 @@ static void check_depthwise(void) {
     const int qa = (1 << between(7, 15)) - 1, qb = (1 << between(7, 15)) - 1;
     const int64_t limit = INT32_MAX / ((int64_t)qa * qb), n = between(1, MAX_CHANNELS);
     const enum data kind = word() % KINDS;
+    const int present = between(0, 3);
     dfp_terms t = {.x = xs, .w = ws, .n = n, .resume = word() % 2, .scale = ldexp(1.0, exponent)};
     t.chain = word() % 2 ? limit : between(1, limit);
     t.wide = spill ? NULL : wide;
     t.floats = spill ? floats : NULL;
     for (int c = 0; c < n; c++) {
-        wide[c] = exact[c] = (int64_t)(int32_t)word() * ((int64_t)1 << 30) + word();
+        wide[c] = exact[c] = near_tie(between(24, 61));
         floats[c] = sums[c] = (float)(int32_t)word();
         if (!t.resume) exact[c] = 0, sums[c] = 0.0f;
     }
@@ -308,7 +312,7 @@ static void check_depthwise(void) {
         t.terms = between(0, MAX_TERMS);
         for (int k = 0; k < t.terms; k++) {
             for (int c = 0; c < n; c++) x[k][c] = mantissa(kind, qa), w[k][c] = mantissa(kind, qb);
-            xs[k] = word() % 4 ? x[k] : NULL;
+            xs[k] = (int)(word() % 3) < present ? x[k] : NULL;
             ws[k] = w[k];
         }
         for (int c = 0; c < n; c++) {
@@ -361,7 +365,7 @@ int main(int argc, char **argv) {
         else if (!isa->supported()) printf("%s: not on this CPU\n", isa->name);
         else check_kernel(isa->kernel);
     }
-#if defined(__x86_64__)
+#ifdef DFP_HAS_AVX512VNNI
     if (argc == 1 && cpu_avx512vnni()) check_kernel(&dfp_kernel__avxvnni_evex);
 #endif
     return 0;

@@ -1,0 +1,79 @@
+"""Every microkernel against plain C, without TensorFlow: on this CPU, and on emulated ones.
+
+The check is a C program, kernels/microkernels.c. Cross compilers and QEMU are optional: on Debian,
+`apt install qemu-user-static gcc-aarch64-linux-gnu gcc-s390x-linux-gnu gcc-riscv64-linux-gnu`.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from keras_dfp.native import extension
+
+ROOT = Path(__file__).parents[1]
+# Those of setup.py that change what is computed.
+FLAGS = ["-fno-math-errno", "-fno-strict-aliasing", "-ffp-contract=off"]
+SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def run(tmp_path, compiler, options, *emulator):
+    """Builds the program, runs it and returns what it printed."""
+    for tool in (compiler, *emulator):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    program = tmp_path / "microkernels"
+    source = ROOT / "tests" / "kernels" / "microkernels.c"
+    command = [compiler, *options, *FLAGS, f"-I{ROOT / 'pyx'}", source, "-lm", "-o", program]
+    subprocess.run(command, check=True)
+    done = subprocess.run([*emulator, program], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def passed(printed):
+    return {line.split(":")[0] for line in printed.splitlines() if "checks passed" in line}
+
+
+@pytest.mark.parametrize("compiler", ["gcc", pytest.param("clang", marks=pytest.mark.slow)])
+def test_here(tmp_path, compiler):
+    expected = {entry["name"] for entry in extension.isas() if entry["available"]}
+    if "avx512vnni" in expected:
+        # AVX-VNNI's tile, with its instruction in AVX-512's encoding.
+        expected.add("avxvnni-evex")
+    assert passed(run(tmp_path, compiler, ["-O3", "-Wall", "-Wextra", "-Werror"])) >= expected
+
+
+@pytest.mark.slow
+def test_no_access_out_of_bounds(tmp_path):
+    assert "portable" in passed(run(tmp_path, "gcc", SANITIZE))
+
+
+@pytest.mark.parametrize(
+    "machine",
+    ["aarch64", *(pytest.param(m, marks=pytest.mark.slow) for m in ("riscv64", "s390x"))],
+)
+def test_emulated(tmp_path, machine):
+    printed = run(
+        tmp_path, f"{machine}-linux-gnu-gcc", ["-O3", "-static"], f"qemu-{machine}-static"
+    )
+    assert passed(printed) == {"portable", *(["neon"] if machine == "aarch64" else [])}
+
+
+@pytest.mark.slow
+def test_emulated_clang(tmp_path):
+    if shutil.which("aarch64-linux-gnu-ld") is None:
+        pytest.skip("aarch64-linux-gnu-ld is not installed")
+    options = ["--target=aarch64-linux-gnu", "-O3", "-static"]
+    assert passed(run(tmp_path, "clang", options, "qemu-aarch64-static")) == {"neon", "portable"}
+
+
+@pytest.mark.slow
+def test_old_compiler_leaves_kernels_out(tmp_path):
+    """A gcc that calls itself version 7 does not know the newer instruction sets."""
+    if "avx2" not in {entry["name"] for entry in extension.isas()}:
+        pytest.skip("every gcc knows the instruction sets of this machine")
+    printed = run(tmp_path, "gcc", ["-O1", "-U__GNUC__", "-D__GNUC__=7"])
+    assert {"avx512vnni: not compiled", "avxvnni: not compiled"} <= set(printed.splitlines())
+    assert "portable" in passed(printed)
