@@ -9,6 +9,7 @@ from the machine up:
     quantize    float32 <-> mantissas and exponent
     pack        from tensors into the microkernels' layout
     gemm        the blocked product
+    digits      the same on int8 tiles (AMX)
     conv        the three passes of a convolution as such products
     depthwise   and of a depthwise one, as sums of rows
     statistics  of a convolution's output
@@ -20,7 +21,7 @@ import time
 
 from cython.parallel cimport parallel, prange
 from libc.math cimport INFINITY, NAN, floor, ldexp
-from libc.stdint cimport int16_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strcmp
@@ -30,6 +31,7 @@ include "threads.pxi"
 include "quantize.pxi"
 include "pack.pxi"
 include "gemm.pxi"
+include "digits.pxi"
 include "conv.pxi"
 include "depthwise.pxi"
 include "statistics.pxi"

@@ -21,6 +21,34 @@ cdef extern from "microkernels/table.h" nogil:
         float* floats
         float* y
         double scale
+    ctypedef struct dfp_digit_tile:
+        const int8_t* a
+        int64_t a_plane
+        const int64_t* a_step
+        const int8_t* b
+        int64_t b_plane
+        int64_t steps
+        int products
+        bint resume
+        int32_t* sums
+    ctypedef struct dfp_digit_rows:
+        const int32_t* sums
+        float* c
+        const int64_t* row
+        int64_t next, rows, cols
+        float scale
+        int products
+        bint stream
+    ctypedef struct dfp_digits:
+        void (*open)() noexcept nogil
+        void (*close)() noexcept nogil
+        void (*lines)(const int16_t*, int64_t, int, int8_t*, int64_t, int64_t) noexcept nogil
+        void (*lines_of_rows)(const int16_t**, int64_t, int, int8_t*, int64_t) noexcept nogil
+        void (*columns_of_rows)(const int16_t**, int64_t, int, int8_t*, int64_t) noexcept nogil
+        void (*columns)(const int16_t*, int, int8_t*, int64_t) noexcept nogil
+        void (*multiply)(const dfp_digit_tile*, dfp_digit_rows*) noexcept nogil
+        void (*finish)(dfp_digit_rows*) noexcept nogil
+    const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_SUMS, DFP_DIGIT_K_3, DFP_DIGIT_K_4
     ctypedef struct dfp_kernel:
         const char* isa
         int mr, nr
@@ -32,6 +60,7 @@ cdef extern from "microkernels/table.h" nogil:
                            int16_t*) noexcept nogil
         void (*depthwise)(const dfp_terms*) noexcept nogil
         int64_t (*peak)(int64_t) noexcept nogil
+        const dfp_digits* digits
     ctypedef struct dfp_isa:
         const char* name
         const dfp_kernel* kernel
@@ -39,6 +68,16 @@ cdef extern from "microkernels/table.h" nogil:
     const dfp_isa* dfp_isas
     const int DFP_ISAS
     float dfp_round(int64_t sum, double scale) noexcept
+
+cdef extern from *:
+    """
+    #ifdef DFP_HAS_AMX
+    #define DFP_EMULATE_AMX() amx_emulate()
+    #else
+    #define DFP_EMULATE_AMX() ((void)0)
+    #endif
+    """
+    void DFP_EMULATE_AMX() noexcept nogil
 
 # The kernel in use. Set when the library is loaded; without an initialiser, because the module's
 # own initialisation comes after the constructor and would reset it.
@@ -96,6 +135,14 @@ def set_isa(name):
             f"The instruction set {name!r} is not available; available here: "
             + ", ".join(entry["name"] for entry in isas() if entry["available"]) + "."
         )
+
+
+def emulate_amx():
+    """Makes the kernels of AMX run on a CPU without AMX, by emulating its instructions: the same
+    bits, thousands of times slower. For tests; needs AVX-512-VNNI."""
+    DFP_EMULATE_AMX()
+
+
 
 
 def peak():

@@ -17,6 +17,18 @@ cdef enum:
     STREAM = 16777216       # bytes of C that no cache keeps until it is read
     ALIGN = 64
 
+# What a product on int8 tiles needs besides: digits.pxi.
+cdef struct Digits:
+    int products, planes
+    bint flat                   # lines of A are pixels of the padded image
+    int64_t low[3]              # the image's coordinates of the first line
+    int64_t pitch[3]            # lines, rows and planes from one to the next
+    int64_t first[3]            # where the first tap of position 0 lies, in lines, rows, planes
+    int64_t halo                # how far the last tap is from the first, in lines
+    int64_t columns             # steps of A that are stored: flat taps share them
+    int64_t steps               # that are summed
+    int64_t a_step, a_plane, b_plane            # bytes
+
 cdef struct Gemm:
     # What is computed. Strides count int16 elements (floats for c).
     ASource a
@@ -32,6 +44,7 @@ cdef struct Gemm:
     bint spill
     # How: filled in by gemm_plan.
     int threads
+    int64_t mr, nr              # of a tile of C
     int64_t mb, nb, kb, m_blocks, n_blocks
     int64_t segment         # spill: products after which chains restart, in K
     int64_t chain           # products of a chain
@@ -46,6 +59,8 @@ cdef struct Gemm:
     double scale
     int64_t a_bytes, b_bytes, acc_bytes, tile_bytes, task_bytes, shared_bytes
     char* scratch
+    bint digits                 # by digits, on int8 tiles: digits.pxi
+    Digits by
 
 
 cdef inline int64_t round_up(int64_t x, int64_t to) noexcept nogil:
@@ -62,19 +77,26 @@ cdef inline int64_t safe_chain(int64_t a_bits, int64_t b_bits, int64_t room) noe
 
 
 cdef void gemm_plan(Gemm* g) noexcept nogil:
-    """Chooses blocks and threads, and says how much scratch gemm_run needs (scratch_bytes)."""
-    cdef int64_t mr = kernel.mr, nr = kernel.nr
-    cdef int64_t qq = <int64_t>qmax_of(g.a_bits) * qmax_of(g.b_bits)
-    cdef int64_t limit = safe_chain(g.a_bits, g.b_bits, 0 if g.spill else 65535)
-    cdef int64_t tiles, tasks
+    """Chooses kernel, blocks and threads, and says how much scratch gemm_run needs."""
     g.scale = scale_of(g.exponent)
-    g.narrow_k = (<int64_t>1 << 47) // qq // 2 * 2
-    g.wide = not g.spill and g.k > g.narrow_k
-    # Neither the scale nor a nonzero result (at least the scale) may be subnormal.
-    g.fast = -126 <= g.exponent <= 127 and not g.wide
     g.stream = (g.m * g.ldc * sizeof(float) >= STREAM and g.ldc % 16 == 0 and g.c_batch % 16 == 0
                 and <int64_t>g.c % ALIGN == 0)
     g.threads = team_size() if <double>g.m * g.n * g.k * g.batch > SMALL else 1
+    g.digits = digits_pay(g)
+    if g.digits:
+        digits_plan(g)
+    else:
+        pairs_plan(g)
+
+
+cdef void pairs_plan(Gemm* g) noexcept nogil:
+    """The plan for the pairs of int16 of dfp_tile."""
+    cdef int64_t mr = kernel.mr, nr = kernel.nr
+    cdef int64_t qq = <int64_t>qmax_of(g.a_bits) * qmax_of(g.b_bits)
+    cdef int64_t limit = safe_chain(g.a_bits, g.b_bits, 0 if g.spill else 65535)
+    g.mr, g.nr = mr, nr
+    g.narrow_k = (<int64_t>1 << 47) // qq // 2 * 2
+    g.wide = not g.spill and g.k > g.narrow_k
 
     g.chain = limit // 2 * 2
     g.segment = g.k
@@ -85,9 +107,22 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
         plan_spill(g, limit)
     if g.wide:
         g.kb = min(g.kb, g.narrow_k)
-    g.carry = g.kb < g.k
 
     g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
+    share_out(g)
+    # hi and lo, or one float; and the int64 beyond them.
+    size_sums(g, 8)
+    g.a_bytes = round_up(a_block_bytes(&g.a, g.mb, g.kb), ALIGN)
+    g.b_bytes = 0 if g.packed_b else round_up(nr * round_up(g.kb, 2) * 2, ALIGN)
+    size_scratch(g, round_up(g.k, 2) * 2)
+
+
+cdef void share_out(Gemm* g) noexcept nogil:
+    """Cuts C into blocks of at most mb rows, one for every task."""
+    cdef int64_t mr = g.mr, nr = g.nr, tasks
+    # Neither the scale nor a nonzero result (at least the scale) may be subnormal.
+    g.fast = -126 <= g.exponent <= 127 and not g.wide
+    g.carry = g.kb < g.k
     g.mb = min(g.mb, round_up(max(g.m, <int64_t>1), mr))
     g.m_blocks = (g.m + g.mb - 1) // g.mb
     g.packed_b = not g.carry and g.m_blocks > 2
@@ -116,20 +151,24 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
         else:
             break
 
-    tiles = g.mb // mr * (g.nb // nr)
-    g.a_bytes = round_up(a_block_bytes(&g.a, g.mb, g.kb), ALIGN)
-    g.b_bytes = 0 if g.packed_b else round_up(nr * round_up(g.kb, 2) * 2, ALIGN)
-    # hi and lo, or one float; and the int64 beyond them.
-    g.tile_bytes = round_up(mr * nr * (16 if g.wide else 8), ALIGN)
-    g.acc_bytes = g.tile_bytes * (tiles if g.carry else 1)
-    g.task_bytes = g.a_bytes + g.b_bytes + g.acc_bytes + round_up(mr * nr * sizeof(float), ALIGN)
+
+cdef void size_sums(Gemm* g, int64_t element) noexcept nogil:
+    """Sums take `element` bytes for each value of C, and an int64 where they are too narrow."""
+    g.tile_bytes = round_up(g.mr * g.nr * (element + (8 if g.wide else 0)), ALIGN)
+    g.acc_bytes = g.tile_bytes * (g.mb // g.mr * (g.nb // g.nr) if g.carry else 1)
+
+
+cdef void size_scratch(Gemm* g, int64_t column_bytes) noexcept nogil:
+    """From a_bytes, b_bytes and acc_bytes; a packed column of B takes `column_bytes`."""
+    g.task_bytes = (g.a_bytes + g.b_bytes + g.acc_bytes
+                    + round_up(g.mr * g.nr * sizeof(float), ALIGN))
     g.shared_bytes = 0
     if g.splits > 1:
         # The sums outlive their tasks.
-        g.shared_bytes = g.splits * tasks * g.acc_bytes
+        g.shared_bytes = g.splits * g.batch * g.m_blocks * g.n_blocks * g.acc_bytes
         g.task_bytes -= g.acc_bytes
     if g.packed_b:
-        g.shared_bytes = round_up(g.batch * round_up(g.n, nr) * round_up(g.k, 2) * 2, ALIGN)
+        g.shared_bytes = round_up(g.batch * round_up(g.n, g.nr) * column_bytes, ALIGN)
 
 
 cdef void plan_spill(Gemm* g, int64_t limit) noexcept nogil:
@@ -160,13 +199,15 @@ cdef inline int64_t next_block(Gemm* g, int64_t k0) noexcept nogil:
 
 
 cdef void gemm_run(Gemm* g, char* scratch) noexcept nogil:
-    cdef int64_t panels = (g.n + kernel.nr - 1) // kernel.nr
+    cdef int64_t panels = (g.n + g.nr - 1) // g.nr
     if g.m == 0 or g.n == 0 or g.batch == 0:
         return
     g.scratch = <char*>round_up(<int64_t>scratch, ALIGN)
     if g.packed_b:
-        parallel_for(pack_b_task, g, g.batch * panels, g.threads)
-    parallel_for(gemm_task, g, g.batch * g.m_blocks * g.n_blocks * g.splits, g.threads)
+        parallel_for(digits_pack_b_task if g.digits else pack_b_task, g, g.batch * panels,
+                     g.threads)
+    parallel_for(digits_task if g.digits else gemm_task, g,
+                 g.batch * g.m_blocks * g.n_blocks * g.splits, g.threads)
     if g.splits > 1:
         parallel_for(add_splits_task, g, g.batch * g.m_blocks * g.n_blocks, g.threads)
 
@@ -198,7 +239,7 @@ cdef void locate_block(Gemm* g, int64_t i, char* mine, Block* block) noexcept no
     block.mc, block.nc = min(g.mb, g.m - block.m0), min(g.nb, g.n - block.n0)
     block.c = g.c + block.item * g.c_batch
     block.spare = <float*>(mine + g.a_bytes + g.b_bytes)
-    block.acc = <char*>block.spare + round_up(kernel.mr * kernel.nr * sizeof(float), ALIGN)
+    block.acc = <char*>block.spare + round_up(g.mr * g.nr * sizeof(float), ALIGN)
     if g.splits > 1:
         block.acc = g.scratch + i * g.splits * g.acc_bytes
 
@@ -246,7 +287,7 @@ cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
 cdef void add_splits_task(void* work, int64_t i, int thread) noexcept nogil:
     """Adds up what the tasks that shared a block of C have summed, and rounds it."""
     cdef Gemm* g = <Gemm*>work
-    cdef int64_t mr = kernel.mr, nr = kernel.nr, panel, t
+    cdef int64_t mr = g.mr, nr = g.nr, panel, t
     cdef Block block
     locate_block(g, i, g.scratch + g.shared_bytes + thread * g.task_bytes, &block)
     for panel in range((block.nc + nr - 1) // nr):
@@ -289,46 +330,51 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         else:
             kernel.exact(&tile)
         if g.wide and (block.first or block.flush):
-            widen(acc, mr * nr, block.first, block.flush)
+            widen(g, acc, block.first, block.flush)
         if block.last and not g.fast:
             round_tile(g, acc, block.spare)
         if block.last and not direct:
             store_tile(g, block, t * mr, panel * nr, rows, cols)
 
 
-cdef void widen(char* acc, int64_t n, bint first, bint flush) noexcept nogil:
-    """Moves what hi and lo hold into the tile's int64 sums before hi can overflow."""
-    cdef int32_t* hi = <int32_t*>acc
-    cdef int32_t* lo = hi + n
-    cdef int64_t* wide = <int64_t*>(lo + n)
-    cdef int64_t i
+cdef inline int64_t* wide_sums(Gemm* g, char* acc) noexcept nogil:
+    """A tile's int64 sums lie after its int32 ones."""
+    return <int64_t*>(acc + g.mr * g.nr * (12 if g.digits else 8))
+
+
+cdef inline int64_t narrow_sum(Gemm* g, char* acc, int64_t i) noexcept nogil:
+    """Element i of a tile, from what its int32 sums hold."""
+    cdef int32_t* sums = <int32_t*>acc
+    cdef int64_t n = g.mr * g.nr
+    if g.digits:
+        return digits_sum(g, sums[i], sums[n + i], sums[2 * n + i])
+    return <int64_t>sums[i] * 65536 + sums[n + i]
+
+
+cdef void widen(Gemm* g, char* acc, bint first, bint flush) noexcept nogil:
+    """Moves what the int32 sums hold into the tile's int64 sums before they can overflow."""
+    cdef int64_t* wide = wide_sums(g, acc)
+    cdef int64_t i, n = g.mr * g.nr
     if first:
         memset(wide, 0, n * sizeof(int64_t))
     if flush:
         for i in range(n):
-            wide[i] += <int64_t>hi[i] * 65536 + lo[i]
-            hi[i] = lo[i] = 0
+            wide[i] += narrow_sum(g, acc, i)
+        memset(acc, 0, <char*>wide - acc)
 
 
 cdef void round_tile(Gemm* g, char* acc, float* out) noexcept nogil:
     """Rounds a tile's sums the careful way: any exponent, any length of K, any number of splits."""
-    cdef int64_t i, split, total, n = kernel.mr * kernel.nr
-    cdef int32_t* hi
-    cdef int32_t* lo
-    cdef int64_t* wide
-    if g.spill:
-        for i in range(n):
+    cdef int64_t i, split, total
+    for i in range(g.mr * g.nr):
+        if g.spill:
             out[i] = <float>((<float*>acc)[i] * g.scale)
-        return
-    for i in range(n):
+            continue
         total = 0
         for split in range(g.splits):
-            hi = <int32_t*>(acc + split * g.acc_bytes)
-            lo = hi + n
-            wide = <int64_t*>(lo + n)
-            total += <int64_t>hi[i] * 65536 + lo[i]
+            total += narrow_sum(g, acc + split * g.acc_bytes, i)
             if g.wide:
-                total += wide[i]
+                total += wide_sums(g, acc + split * g.acc_bytes)[i]
         out[i] = dfp_round(total, g.scale)
 
 
@@ -336,16 +382,24 @@ cdef void store_tile(Gemm* g, Block* block, int64_t m, int64_t n, int64_t rows,
                      int64_t cols) noexcept nogil:
     cdef int64_t i, row
     for i in range(rows):
-        row = block.m0 + m + i
-        if g.scattered:
-            row = scatter_row(&g.rows, row)
-        memcpy(block.c + row * g.ldc + block.n0 + n, block.spare + i * kernel.nr,
-               cols * sizeof(float))
+        row = row_of_c(g, block.m0 + m + i)
+        if row >= 0:
+            memcpy(block.c + row * g.ldc + block.n0 + n, block.spare + i * g.nr,
+                   cols * sizeof(float))
+
+
+cdef inline int64_t row_of_c(Gemm* g, int64_t row) noexcept nogil:
+    """Where a row of A has its row of C, or -1."""
+    if g.digits and g.by.flat:
+        row = flat_position(g, row)
+    if g.scattered and row >= 0:
+        row = scatter_row(&g.rows, row)
+    return row
 
 
 cdef void clear_block(Gemm* g, Block* block) noexcept nogil:
     """An empty sum is zero."""
-    cdef int64_t i, row
+    cdef int64_t i
     for i in range(block.mc):
-        row = scatter_row(&g.rows, block.m0 + i) if g.scattered else block.m0 + i
-        memset(block.c + row * g.ldc + block.n0, 0, block.nc * sizeof(float))
+        memset(block.c + row_of_c(g, block.m0 + i) * g.ldc + block.n0, 0,
+               block.nc * sizeof(float))

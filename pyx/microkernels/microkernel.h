@@ -60,6 +60,74 @@ typedef struct {
     double scale;
 } dfp_terms;
 
+/* Exact products on int8 tiles, by digits: an instruction set without fast int16 products may bring
+ * these beside its pairs of int16. A mantissa is split in two digits of d bits,
+ *
+ *   products = 3 (both operands of at most 14 bits):  q = 128 h + l, d = 7, -64 <= h, l <= 64;
+ *        planes h, h + l, l; sums hh, ss, ll (Karatsuba: hl + lh = ss - hh - ll);
+ *   products = 4 (any operands):  q = 256 h + l, d = 8, h signed, 0 <= l < 256;
+ *        planes h, l; sums hh, hl + lh, ll;
+ *
+ * and sum q q' = 2**2d hh + 2**d (hl + lh) + ll. K is cut into steps of 64 products. Within a step
+ * products lie in an order of the kernel's own, the same in every plane it packs.
+ *
+ *   line     64 bytes: the digits of one row of A in one step.
+ *   A        line r of step s of plane p: a + p * a_plane + a_step[s] + 64 * r.
+ *   B        plane p: b + p * b_plane, [steps][2][16][16][4]: half of the columns, group of four
+ *            products, column, product.
+ *   sums     [3][32][32] int32, no longer than 131072 (3) or 32768 (4) products: none overflows. */
+enum {
+    DFP_DIGIT_TILE = 32,        /* rows, and columns, of a tile of C */
+    DFP_DIGIT_STEP = 64,
+    DFP_DIGIT_SUMS = 3 * 32 * 32,
+    DFP_DIGIT_K_3 = 131072,
+    DFP_DIGIT_K_4 = 32768,
+};
+
+typedef struct {
+    const int8_t *a;
+    int64_t a_plane;
+    const int64_t *a_step;
+    const int8_t *b;
+    int64_t b_plane;
+    int64_t steps;
+    int products;
+    int resume;                 /* from what `sums` holds, else from zero */
+    int32_t *sums;
+} dfp_digit_tile;
+
+/* Rows of a tile whose sums are complete: row i, rounded once and times `scale`, goes to
+ * c[row[i] + j], j < cols, unless row[i] is negative. `scale` and `stream` as in dfp_tile. */
+typedef struct {
+    const int32_t *sums;
+    float *c;
+    const int64_t *row;
+    int64_t next, rows, cols;
+    float scale;
+    int products, stream;
+} dfp_digit_rows;
+
+typedef struct {
+    /* Before the first and after the last call of `multiply` on a thread. */
+    void (*open)(void);
+    void (*close)(void);
+    /* Lines of one row of A: `count` products in a row, zeros up to a multiple of a step; step s
+     * of plane p goes to out + s * step + p * plane. */
+    void (*lines)(const int16_t *q, int64_t count, int products, int8_t *out, int64_t step,
+                  int64_t plane);
+    /* n <= 16 lines of one step of A, from the step's 64 products as rows: rows[k][i]. */
+    void (*lines_of_rows)(const int16_t *const *rows, int64_t n, int products, int8_t *out,
+                          int64_t plane);
+    /* One half (n <= 16 columns) of one step of B, from rows[k][j], */
+    void (*columns_of_rows)(const int16_t *const *rows, int64_t n, int products, int8_t *out,
+                            int64_t plane);
+    /* or from columns q[j * 64 + k], 16 of them. */
+    void (*columns)(const int16_t *q, int products, int8_t *out, int64_t plane);
+    /* Sums of a tile; on the way it finishes the rows of another one, whose sums it may share. */
+    void (*multiply)(const dfp_digit_tile *tile, dfp_digit_rows *pending);
+    void (*finish)(dfp_digit_rows *pending);
+} dfp_digits;
+
 /* What an instruction set brings; chosen once, when the library is loaded. */
 typedef struct {
     const char *isa;
@@ -79,6 +147,7 @@ typedef struct {
     void (*depthwise)(const dfp_terms *);
     /* Does nothing but multiply-accumulate, on registers; returns how many products. */
     int64_t (*peak)(int64_t rounds);
+    const dfp_digits *digits;   /* or NULL */
 } dfp_kernel;
 
 #define DFP_CAT_(a, b) a##b

@@ -16,6 +16,8 @@ static inline int32_t load_s32(const int16_t *p) {
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* Compilers too old for an instruction set leave its kernel out. */
 #if defined(__clang__)
@@ -28,6 +30,7 @@ static inline int32_t load_s32(const int16_t *p) {
 #endif
 #if DFP_KNOWN_SINCE(11, 12)
 #define DFP_HAS_AVXVNNI 1
+#define DFP_HAS_AMX 1
 #endif
 
 #include "avx2.h"
@@ -37,6 +40,12 @@ static inline int32_t load_s32(const int16_t *p) {
 #endif
 #ifdef DFP_HAS_AVXVNNI
 #include "avxvnni.h"
+#endif
+#ifdef DFP_HAS_AMX
+#include "amx.h"
+#include "amx_emulator.h"
+#else
+enum { amx_emulated = 0 };
 #endif
 
 static int cpu_avx2(void) {
@@ -54,6 +63,20 @@ static int cpu_avx512vnni(void) {
     /* The same compilers do not know the feature's name. */
     unsigned a, b, c, d;
     return cpu_avx512bw() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+}
+/* The kernel grants tiles to a process that asks for them, once. */
+static int amx_granted(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    static int granted = -1;
+    if (granted < 0)
+        granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return granted;
+}
+static int cpu_amx(void) {
+    unsigned a, b, c, d;
+    if (!cpu_avx512vnni()) return 0;
+    return amx_emulated || (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 &&
+                            amx_granted());
 }
 #endif
 
@@ -74,6 +97,11 @@ typedef struct {
 
 static const dfp_isa dfp_isas[] = {
 #if defined(__x86_64__)
+#ifdef DFP_HAS_AMX
+    {"amx", &dfp_kernel__amx, cpu_amx},
+#else
+    {"amx", NULL, cpu_amx},
+#endif
 #ifdef DFP_HAS_AVX512VNNI
     {"avx512vnni", &dfp_kernel__avx512vnni, cpu_avx512vnni},
 #else

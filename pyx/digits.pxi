@@ -1,0 +1,374 @@
+# The blocked product on int8 tiles: gemm.pxi's blocks and sums, in the layouts of dfp_digits
+# (microkernels/microkernel.h). A block of A is packed as lines of 64 products, a panel of B as
+# columns; the product of a tile is rounded while the next one is summed.
+#
+# Windows that move pixel by pixel are not gathered tap by tap. Their image is laid out flat, its
+# padding included, a line per pixel and 64 channels, and a tap is a distance in lines, the same at
+# every position. Rows of C whose position lies in the padding are summed in vain, and not stored.
+
+cdef enum:
+    FLAT_CACHED = 786432    # bytes of flat lines a task keeps: every tap reads them again
+    DIGITS_M = 1024         # rows of C of a task, at most
+    DIGITS_LONG = 1024      # K is cut into blocks of this length where A is transposed in packing,
+    DIGITS_BLOCK_K = 2048   # and of this one where it is beyond LONG_K
+    SPLIT_COST = 100        # gathering and splitting an element takes as long as so many products
+
+
+cdef inline int64_t steps_of(int64_t k) noexcept nogil:
+    return (k + DFP_DIGIT_STEP - 1) // DFP_DIGIT_STEP
+
+
+cdef bint digits_pay(Gemm* g) noexcept nogil:
+    """Is a good part of the tiles used? Pairs are a quarter as fast, and waste little."""
+    cdef int64_t tile = DFP_DIGIT_TILE
+    if kernel.digits == NULL or g.spill or g.m == 0 or g.n == 0 or g.k == 0:
+        return False
+    # SMALL = 0 is how tests ask for the large shapes' way.
+    return SMALL == 0 or (4.0 * g.m * g.n * g.k >= <double>round_up(g.m, tile)
+                          * round_up(g.n, tile) * steps_of(g.k) * DFP_DIGIT_STEP)
+
+
+cdef void digits_plan(Gemm* g) noexcept nogil:
+    cdef Digits* d = &g.by
+    cdef int64_t lines
+    d.products = 3 if g.a_bits <= 14 and g.b_bits <= 14 else 4
+    d.planes = 3 if d.products == 3 else 2
+    g.mr = g.nr = DFP_DIGIT_TILE
+    g.narrow_k = DFP_DIGIT_K_3 if d.products == 3 else DFP_DIGIT_K_4
+    g.wide = g.k > g.narrow_k
+
+    lay_flat(g)
+    g.kb = g.k
+    if d.flat:
+        g.m = g.m // volume(g.a.window.positions) * volume(d.pitch)
+        d.columns = steps_of(g.a.window.channels)
+        d.steps = d.columns * volume(g.a.window.taps)
+        g.mb = FLAT_CACHED
+    else:
+        if g.a.kind == COLUMNS or g.a.kind == PATCHES_T:
+            g.kb = min(g.k, <int64_t>DIGITS_LONG)
+        elif g.k > LONG_K:
+            g.kb = DIGITS_BLOCK_K
+        d.columns = d.steps = steps_of(g.kb)
+        g.mb = CACHED
+    g.mb = clamp(g.mb // (d.planes * d.columns * DFP_DIGIT_STEP) // DFP_DIGIT_TILE
+                 * DFP_DIGIT_TILE, DFP_DIGIT_TILE, DIGITS_M)
+    share_out(g)
+    size_sums(g, 12)
+
+    # An odd number of lines from step to step: at a multiple of 4096 bytes they would share a few
+    # sets of the first-level cache.
+    lines = round_up(g.mb + d.halo, 64) + 37
+    d.a_step = lines * DFP_DIGIT_STEP
+    d.a_plane = d.columns * d.a_step
+    d.b_plane = d.steps * 2 * 1024
+    g.a_bytes = round_up(d.planes * d.a_plane + (g.mb + d.steps) * sizeof(int64_t)
+                         + steps_of(g.kb) * DFP_DIGIT_STEP * 2, ALIGN)
+    g.b_bytes = 0 if g.packed_b else d.planes * d.b_plane
+    size_scratch(g, d.planes * d.steps * DFP_DIGIT_STEP)
+
+
+cdef void lay_flat(Gemm* g) noexcept nogil:
+    """Lays the image of a window out flat, if that takes less than to gather it."""
+    cdef Digits* d = &g.by
+    cdef Window* w = &g.a.window
+    cdef int i
+    cdef int64_t reach, least, before, after
+    cdef double padded
+    d.flat = False
+    d.halo = 0
+    if g.a.kind != PATCHES or volume(w.taps) < 2 or volume(w.step) != 1:
+        return
+    for i in range(3):
+        # The taps of one position span reach + 1 pixels, from coordinate `least` on at the first
+        # position.
+        reach = abs64((w.taps[i] - 1) * w.tap_step[i])
+        least = w.offset[i] - (reach if w.tap_step[i] < 0 else 0)
+        d.low[i], d.first[i] = least, w.offset[i] - least
+        before = max(<int64_t>0, -least)
+        after = max(<int64_t>0, w.positions[i] + least + reach - w.size[i])
+        # The padding after a row is also the one before the next.
+        d.pitch[i] = w.positions[i] + reach - min(reach, min(before, after))
+        d.halo = d.halo * d.pitch[i] + reach
+    padded = <double>volume(d.pitch) * steps_of(w.channels) * DFP_DIGIT_STEP
+    d.flat = (volume(w.taps) * steps_of(w.channels) * DFP_DIGIT_STEP <= g.narrow_k
+              and padded * g.n <= (<double>volume(w.positions) * w.channels * (g.n + SPLIT_COST)))
+    if not d.flat:
+        d.halo = 0
+
+
+cdef inline int64_t abs64(int64_t x) noexcept nogil:
+    return -x if x < 0 else x
+
+
+cdef int64_t flat_position(Gemm* g, int64_t line) noexcept nogil:
+    """The window's position at a line, counted through all images, or -1 in the padding."""
+    cdef Digits* d = &g.by
+    cdef Window* w = &g.a.window
+    cdef int64_t x = line % d.pitch[2], y = line // d.pitch[2] % d.pitch[1]
+    cdef int64_t z = line // d.pitch[2] // d.pitch[1]
+    cdef int64_t item = z // d.pitch[0]
+    z %= d.pitch[0]
+    if x >= w.positions[2] or y >= w.positions[1] or z >= w.positions[0]:
+        return -1
+    return ((item * w.positions[0] + z) * w.positions[1] + y) * w.positions[2] + x
+
+
+cdef inline int64_t digits_sum(Gemm* g, int64_t hh, int64_t mid, int64_t ll) noexcept nogil:
+    if g.by.products == 3:
+        return hh * 16384 + (mid - hh - ll) * 128 + ll
+    return hh * 65536 + mid * 256 + ll
+
+
+cdef void digits_pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
+    cdef Gemm* g = <Gemm*>work
+    cdef int64_t panels = (g.n + g.nr - 1) // g.nr
+    pack_columns(g, g.b.data + i // panels * g.b_batch, i % panels * g.nr, 0, g.k,
+                 <int8_t*>g.scratch + i * g.by.planes * g.by.b_plane)
+
+
+cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
+    cdef Gemm* g = <Gemm*>work
+    cdef Digits* d = &g.by
+    cdef int64_t nr = g.nr, panels = (g.n + nr - 1) // nr, split = i % g.splits
+    cdef int64_t k0 = split * g.split_k, end = min(g.k, k0 + g.split_k), kc, panel, t, s
+    cdef char* mine = g.scratch + g.shared_bytes + thread * g.task_bytes
+    cdef int8_t* a = <int8_t*>mine
+    cdef int64_t* row = <int64_t*>(a + d.planes * d.a_plane)
+    cdef int64_t* a_step = row + g.mb
+    cdef int16_t* gathered = <int16_t*>(a_step + d.steps)
+    cdef Block block
+    cdef dfp_digit_tile tile
+    cdef dfp_digit_rows rows
+    locate_block(g, i // g.splits, mine, &block)
+    block.acc += split * g.acc_bytes if g.splits > 1 else 0
+    for t in range(round_up(block.mc, g.mr)):
+        row[t] = -1
+        if t < block.mc:
+            row[t] = row_of_c(g, block.m0 + t) * g.ldc
+            row[t] = max(row[t], <int64_t>-1)
+    for s in range(d.steps):
+        a_step[s] = s * d.a_step
+        if d.flat:
+            a_step[s] = line_of_step(g, s)
+    rows.next = rows.rows = 0
+    rows.scale, rows.products, rows.stream = <float>g.scale, d.products, g.stream
+    tile.a_plane, tile.a_step, tile.b_plane = d.a_plane, a_step, d.b_plane
+    tile.products = d.products
+    block.first = True
+    block.since_flush = 0
+    kernel.digits.open()
+    while k0 < end:
+        kc = min(g.kb, end - k0)
+        tile.steps = d.steps if d.flat else steps_of(kc)
+        block.last = k0 + kc >= g.k and g.splits == 1
+        block.since_flush += kc
+        block.flush = g.wide and block.since_flush + g.kb > g.narrow_k
+        pack_lines(g, g.a.data + block.item * g.a_batch, block.m0, block.mc, k0, kc, gathered, a)
+        for panel in range((block.nc + nr - 1) // nr):
+            if g.packed_b:
+                tile.b = (<int8_t*>g.scratch + (block.item * panels + block.n0 // nr + panel)
+                          * d.planes * d.b_plane)
+            else:
+                tile.b = <int8_t*>mine + g.a_bytes
+                pack_columns(g, g.b.data + block.item * g.b_batch, block.n0 + panel * nr, k0, kc,
+                             <int8_t*>mine + g.a_bytes)
+            for t in range((block.mc + g.mr - 1) // g.mr):
+                tile.a = a + t * g.mr * DFP_DIGIT_STEP
+                multiply_tile(g, &block, &tile, &rows, row, panel, t)
+        if block.flush:
+            block.since_flush = 0
+        block.first = False
+        k0 += kc
+    kernel.digits.finish(&rows)
+    kernel.digits.close()
+
+
+cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_rows* rows,
+                        const int64_t* row, int64_t panel, int64_t t) noexcept nogil:
+    """Sums a tile; `rows` are those of the one before, and become this one's."""
+    cdef int64_t cols = min(g.nr, block.nc - panel * g.nr)
+    cdef char* acc = block.acc
+    if g.carry:
+        acc += (panel * (g.mb // g.mr) + t) * g.tile_bytes
+    tile.sums = <int32_t*>acc
+    tile.resume = not block.first
+    kernel.digits.multiply(tile, rows)
+    if g.wide and (block.first or block.flush):
+        widen(g, acc, block.first, block.flush)
+    if not block.last:
+        return
+    if g.fast:
+        rows.sums, rows.c = tile.sums, block.c + block.n0 + panel * g.nr
+        rows.row, rows.next, rows.rows, rows.cols = row + t * g.mr, 0, g.mr, cols
+    else:
+        round_tile(g, acc, block.spare)
+        store_tile(g, block, t * g.mr, panel * g.nr, min(g.mr, block.mc - t * g.mr), cols)
+
+
+cdef inline int64_t line_of_step(Gemm* g, int64_t s) noexcept nogil:
+    """Where a flat step's lines begin, in bytes: tap by tap within 64 channels."""
+    cdef Digits* d = &g.by
+    cdef Window* w = &g.a.window
+    cdef int64_t tap = s % volume(w.taps)
+    cdef int64_t x = d.first[2] + tap % w.taps[2] * w.tap_step[2]
+    cdef int64_t y = d.first[1] + tap // w.taps[2] % w.taps[1] * w.tap_step[1]
+    cdef int64_t z = d.first[0] + tap // w.taps[2] // w.taps[1] * w.tap_step[0]
+    return (s // volume(w.taps) * d.a_step
+            + ((z * d.pitch[1] + y) * d.pitch[2] + x) * DFP_DIGIT_STEP)
+
+
+# ---- Packing -------------------------------------------------------------------------------------
+
+cdef void pack_lines(Gemm* g, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
+                     int16_t* gathered, int8_t* out) noexcept nogil:
+    """Rows m0 .. m0 + mc, products k0 .. k0 + kc of A."""
+    cdef Digits* d = &g.by
+    cdef ASource* a = &g.a
+    cdef int64_t i, s
+    if d.flat:
+        pack_flat(g, data, m0, mc + d.halo, out)
+    elif a.kind == ROWS or a.kind == PATCHES:
+        for i in range(mc):
+            if a.kind == ROWS:
+                kernel.digits.lines(data + (m0 + i) * a.ld + k0, kc, d.products,
+                                    out + i * DFP_DIGIT_STEP, d.a_step, d.a_plane)
+            else:
+                gather(&a.window, data, m0 + i, k0, kc, gathered)
+                kernel.digits.lines(gathered, kc, d.products, out + i * DFP_DIGIT_STEP,
+                                    d.a_step, d.a_plane)
+    else:
+        for s in range(steps_of(kc)):
+            pack_transposed(g, data, m0, mc, k0 + s * DFP_DIGIT_STEP,
+                            min(kc - s * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP),
+                            out + s * d.a_step)
+
+
+cdef void pack_flat(Gemm* g, const int16_t* image, int64_t first, int64_t count,
+                    int8_t* out) noexcept nogil:
+    """Lines first .. first + count of the padded images."""
+    cdef Digits* d = &g.by
+    cdef Window* w = &g.a.window
+    cdef int64_t items = g.m // volume(d.pitch), i, s, p
+    cdef int64_t x = first % d.pitch[2], y = first // d.pitch[2] % d.pitch[1]
+    cdef int64_t z = first // d.pitch[2] // d.pitch[1] % d.pitch[0]
+    cdef int64_t item = first // volume(d.pitch)
+    cdef const int16_t* pixel
+    for i in range(count):
+        pixel = NULL
+        if item < items:
+            pixel = pixel_or_null(w, image, item, z + d.low[0], y + d.low[1], x + d.low[2])
+        if pixel != NULL:
+            kernel.digits.lines(pixel, w.channels, d.products, out, d.a_step, d.a_plane)
+        else:
+            for p in range(d.planes):
+                for s in range(d.columns):
+                    memset(out + p * d.a_plane + s * d.a_step, 0, DFP_DIGIT_STEP)
+        out += DFP_DIGIT_STEP
+        x += 1
+        if x == d.pitch[2]:
+            x, y = 0, y + 1
+            if y == d.pitch[1]:
+                y, z = 0, z + 1
+                if z == d.pitch[0]:
+                    z, item = 0, item + 1
+
+
+cdef void pack_transposed(Gemm* g, const int16_t* data, int64_t m0, int64_t mc, int64_t k0,
+                          int64_t kc, int8_t* out) noexcept nogil:
+    """One step of A where rows of A lie across the data: channels are rows, pixels products."""
+    cdef Digits* d = &g.by
+    cdef Window* w = &g.a.window
+    cdef int64_t j = m0, run, c, k
+    cdef const int16_t* rows[64]
+    while j < m0 + mc:
+        if g.a.kind == COLUMNS:
+            run = mc
+            for k in range(DFP_DIGIT_STEP):
+                rows[k] = data + (k0 + k) * g.a.ld + j if k < kc else zero_row
+        else:
+            run = min(m0 + mc - j, w.channels - j % w.padded)
+            rows_of_tap(w, data, j // w.padded, j % w.padded, k0, kc, rows)
+        for c in range(0, run, 16):
+            kernel.digits.lines_of_rows(rows, min(run - c, <int64_t>16), d.products,
+                                        out + (j - m0 + c) * DFP_DIGIT_STEP, d.a_plane)
+            next_columns(rows)
+        j += run
+
+
+cdef inline void next_columns(const int16_t** rows) noexcept nogil:
+    cdef int64_t k
+    for k in range(DFP_DIGIT_STEP):
+        if rows[k] != zero_row:
+            rows[k] += 16
+
+
+cdef void rows_of_tap(const Window* w, const int16_t* image, int64_t tap, int64_t channel,
+                      int64_t k0, int64_t kc, const int16_t** rows) noexcept nogil:
+    """The pixels that a tap meets at positions k0 .. k0 + kc, from a channel on."""
+    cdef int64_t tx = tap % w.taps[2] * w.tap_step[2] + w.offset[2]
+    cdef int64_t ty = tap // w.taps[2] % w.taps[1] * w.tap_step[1] + w.offset[1]
+    cdef int64_t tz = tap // w.taps[2] // w.taps[1] * w.tap_step[0] + w.offset[0]
+    cdef int64_t x = k0 % w.positions[2], y = k0 // w.positions[2] % w.positions[1], k
+    cdef int64_t z = k0 // w.positions[2] // w.positions[1], item
+    cdef const int16_t* pixel
+    z, item = z % w.positions[0], z // w.positions[0]
+    for k in range(DFP_DIGIT_STEP):
+        rows[k] = zero_row
+        if k >= kc:
+            continue
+        pixel = pixel_or_null(w, image, item, z * w.step[0] + tz, y * w.step[1] + ty,
+                              x * w.step[2] + tx)
+        if pixel != NULL:
+            rows[k] = pixel + channel
+        x += 1
+        if x == w.positions[2]:
+            x, y = 0, y + 1
+            if y == w.positions[1]:
+                y, z = 0, z + 1
+                if z == w.positions[0]:
+                    z, item = 0, item + 1
+
+
+cdef void pack_columns(Gemm* g, const int16_t* data, int64_t n0, int64_t k0, int64_t kc,
+                       int8_t* out) noexcept nogil:
+    """A panel of B: columns from n0 on, products k0 .. k0 + kc."""
+    cdef Digits* d = &g.by
+    cdef BSource* b = &g.b
+    cdef int64_t taps = volume(g.a.window.taps), s, k, count, half, i, n
+    cdef int16_t q[16 * 64]
+    cdef const int16_t* rows[64]
+    cdef const int16_t* p
+    for s in range(d.steps if d.flat else steps_of(kc)):
+        if d.flat:
+            k = s % taps * b.padded + s // taps * DFP_DIGIT_STEP
+            count = min(b.channels - s // taps * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP)
+        else:
+            k = k0 + s * DFP_DIGIT_STEP
+            count = min(kc - s * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP)
+        if b.n_stride == 1:
+            for i in range(DFP_DIGIT_STEP):
+                p = b_row(b, data, k + i) if i < count else NULL
+                rows[i] = p + n0 if p != NULL else zero_row
+        for half in range(2):
+            n = n0 + half * 16
+            if b.n_stride == 1:
+                kernel.digits.columns_of_rows(rows, clamp(g.n - n, 0, 16), d.products, out,
+                                              d.b_plane)
+                next_columns(rows)
+            else:
+                for i in range(16):
+                    copy_column(b, data, n + i, k, count if n + i < g.n else 0, q + i * 64)
+                kernel.digits.columns(q, d.products, out, d.b_plane)
+            out += 1024
+
+
+cdef inline void copy_column(BSource* b, const int16_t* data, int64_t n, int64_t k, int64_t count,
+                             int16_t* to) noexcept nogil:
+    """`count` products of column n, and zeros up to a step; within a tap they lie in a row."""
+    cdef int64_t i = 0, run
+    while i < count:
+        run = min(count - i, b.padded - (k + i) % b.padded)
+        copy_s16(to + i, b_row(b, data, k + i) + n * b.n_stride, run)
+        i += run
+    zero_s16(to + count, DFP_DIGIT_STEP - count)

@@ -1,0 +1,326 @@
+/* AMX-INT8: exact int16 products by digits, on tiles of int8 (dfp_digits in microkernel.h). What has
+ * no tiles (spill, quantise, depthwise) is AVX-512-VNNI's.
+ *
+ * Tile registers: sums 0-3 (2 x 2 tiles of C), A 4 and 5, B 6 and 7. A tile product has a latency of
+ * 52 cycles and starts every 16, so four sums are what keeps the unit busy.
+ */
+
+#define AMX_TARGET                                                                          \
+    __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+
+/* Assembly rather than intrinsics: those of gcc 12 do not say what memory they read and write. */
+typedef struct { int8_t x[16][64]; } amx_lines;
+typedef struct { int32_t x[16][32]; } amx_sums;
+#define AMX_LOAD(t, p)                                                                      \
+    __asm__ __volatile__("tileloadd (%0,%1,1), %%tmm" #t                                    \
+                         : : "r"(p), "r"((int64_t)64), "m"(*(const amx_lines *)(p)))
+#define AMX_RESUME(t, p)                                                                    \
+    __asm__ __volatile__("tileloadd (%0,%1,1), %%tmm" #t                                    \
+                         : : "r"(p), "r"((int64_t)128), "m"(*(const amx_sums *)(p)))
+#define AMX_STORE(t, p)                                                                     \
+    __asm__ __volatile__("tilestored %%tmm" #t ", (%1,%2,1)"                                \
+                         : "+m"(*(amx_sums *)(p)) : "r"(p), "r"((int64_t)128))
+#define AMX_ZERO(t) __asm__ __volatile__("tilezero %%tmm" #t : :)
+/* sums c += A tile a times B tile b */
+#define AMX_DOT(op, c, a, b)                                                                \
+    __asm__ __volatile__(op " %%tmm" #b ", %%tmm" #a ", %%tmm" #c : :)
+
+static void amx_open(void) {
+    /* Palette 1; eight tiles of 16 rows, 64 bytes each. */
+    static const struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } __attribute__((aligned(64))) configuration = {
+        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ __volatile__("ldtilecfg %0" : : "m"(configuration));
+}
+
+static void amx_close(void) { __asm__ __volatile__("tilerelease" : :); }
+
+/* ---- Digits ---------------------------------------------------------------------------------- */
+
+/* The planes of 64 mantissas, 32 in a and 32 in b. vpacksswb takes eight of a, eight of b, and so
+ * on: that is the order of products within a step. */
+AMX_TARGET static inline __attribute__((always_inline)) int
+amx_split(__m512i a, __m512i b, int products, __m512i planes[3]) {
+    if (products == 3) {
+        const __m512i half = _mm512_set1_epi16(64);
+        const __m512i ah = _mm512_srai_epi16(_mm512_add_epi16(a, half), 7);
+        const __m512i bh = _mm512_srai_epi16(_mm512_add_epi16(b, half), 7);
+        planes[0] = _mm512_packs_epi16(ah, bh);
+        planes[2] = _mm512_packs_epi16(_mm512_sub_epi16(a, _mm512_slli_epi16(ah, 7)),
+                                       _mm512_sub_epi16(b, _mm512_slli_epi16(bh, 7)));
+        planes[1] = _mm512_add_epi8(planes[0], planes[2]);
+        return 3;
+    }
+    const __m512i byte = _mm512_set1_epi16(255);
+    planes[0] = _mm512_packs_epi16(_mm512_srai_epi16(a, 8), _mm512_srai_epi16(b, 8));
+    planes[1] = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+    return 2;
+}
+
+/* Where the g-th group of four products of a step lies before packing. */
+static inline int amx_group(int g) {
+    const int lane = g / 4, quarter = g % 4;
+    return (quarter < 2 ? 0 : 32) + 8 * lane + 4 * (quarter % 2);
+}
+
+AMX_TARGET static void lines_s8__amx(const int16_t *q, int64_t count, int products, int8_t *out,
+                                     int64_t step, int64_t plane) {
+    for (; count > 0; count -= 64, q += 64, out += step) {
+        __m512i planes[3], a, b;
+        if (count >= 64) {
+            a = _mm512_loadu_si512(q);
+            b = _mm512_loadu_si512(q + 32);
+        } else {
+            const uint64_t here = ((uint64_t)1 << count) - 1;
+            a = _mm512_maskz_loadu_epi16((__mmask32)here, q);
+            b = _mm512_maskz_loadu_epi16((__mmask32)(here >> 32), q + 32);
+        }
+        const int n = amx_split(a, b, products, planes);
+        for (int p = 0; p < n; p++) _mm512_store_si512(out + p * plane, planes[p]);
+    }
+}
+
+/* 16 x 16 int32, transposed in registers. */
+AMX_TARGET static inline __attribute__((always_inline)) void amx_transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* Digits of four rows of 16 mantissas, [16][4]: each int32 has one column's four products. */
+AMX_TARGET static inline __attribute__((always_inline)) int
+amx_quad(const int16_t *const *rows, __mmask16 columns, int products, __m512i planes[3]) {
+    __m256i q[4];
+    for (int i = 0; i < 4; i++) q[i] = _mm256_maskz_loadu_epi16(columns, rows[i]);
+    const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(q[0]), q[1], 1);
+    const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(q[2]), q[3], 1);
+    const int n = amx_split(a, b, products, planes);
+    /* Lane 0 of a plane now has columns 0-7 of rows 0 and 2, lane 1 columns 8-15 of the same,
+     * lanes 2 and 3 of rows 1 and 3. */
+    for (int p = 0; p < n; p++) {
+        const __m256i even = _mm512_castsi512_si256(planes[p]);
+        const __m256i odd = _mm512_extracti64x4_epi64(planes[p], 1);
+        const __m256i r01 = _mm256_unpacklo_epi8(even, odd);
+        const __m256i r23 = _mm256_unpackhi_epi8(even, odd);
+        const __m256i low = _mm256_unpacklo_epi16(r01, r23);
+        const __m256i high = _mm256_unpackhi_epi16(r01, r23);
+        planes[p] = _mm512_inserti64x4(
+            _mm512_castsi256_si512(_mm256_permute2x128_si256(low, high, 0x20)),
+            _mm256_permute2x128_si256(low, high, 0x31), 1);
+    }
+    return n;
+}
+
+AMX_TARGET static void columns_of_rows_s8__amx(const int16_t *const *rows, int64_t n, int products,
+                                               int8_t *out, int64_t plane) {
+    const __mmask16 columns = (__mmask16)((1u << n) - 1);
+    for (int g = 0; g < 16; g++) {
+        __m512i planes[3];
+        const int count = amx_quad(rows + amx_group(g), columns, products, planes);
+        for (int p = 0; p < count; p++) _mm512_store_si512(out + p * plane + g * 64, planes[p]);
+    }
+}
+
+AMX_TARGET static void lines_of_rows_s8__amx(const int16_t *const *rows, int64_t n, int products,
+                                             int8_t *out, int64_t plane) {
+    int8_t columns[3][1024] __attribute__((aligned(64)));
+    columns_of_rows_s8__amx(rows, n, products, columns[0], 1024);
+    for (int p = 0; p < (products == 3 ? 3 : 2); p++) {
+        __m512i r[16];
+        for (int g = 0; g < 16; g++) r[g] = _mm512_load_si512(columns[p] + g * 64);
+        amx_transpose(r);
+        for (int i = 0; i < n; i++) _mm512_store_si512(out + p * plane + i * 64, r[i]);
+    }
+}
+
+AMX_TARGET static void columns_s8__amx(const int16_t *q, int products, int8_t *out,
+                                       int64_t plane) {
+    int8_t lines[3][1024] __attribute__((aligned(64)));
+    for (int j = 0; j < 16; j++) lines_s8__amx(q + j * 64, 64, products, lines[0] + j * 64, 0, 1024);
+    for (int p = 0; p < (products == 3 ? 3 : 2); p++) {
+        __m512i r[16];
+        for (int j = 0; j < 16; j++) r[j] = _mm512_load_si512(lines[p] + j * 64);
+        amx_transpose(r);
+        for (int g = 0; g < 16; g++) _mm512_store_si512(out + p * plane + g * 64, r[g]);
+    }
+}
+
+/* ---- Sums ------------------------------------------------------------------------------------ */
+
+/* v = 2**2d hh + 2**d mid + ll = u * 2**24 + r with 0 <= r < 2**24: u and r convert exactly, and the
+ * fused multiply-add rounds once. */
+AMX_TARGET static inline __attribute__((always_inline)) __m512
+amx_round(__m512i hh, __m512i mid, __m512i ll, const int d, __m512 scale) {
+    if (d == 7) mid = _mm512_sub_epi32(_mm512_sub_epi32(mid, hh), ll);
+    const __m512i digit = _mm512_set1_epi32((1 << d) - 1);
+    const __m512i t = _mm512_add_epi32(mid, _mm512_srai_epi32(ll, d));
+    const __m512i v = _mm512_add_epi32(hh, _mm512_srai_epi32(t, d));
+    __m512i r = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(t, digit), d),
+                                _mm512_and_si512(ll, digit));
+    const __m512i low = _mm512_and_si512(v, _mm512_set1_epi32((1 << (24 - 2 * d)) - 1));
+    r = _mm512_or_si512(r, _mm512_slli_epi32(low, 2 * d));
+    const __m512i u = _mm512_srai_epi32(v, 24 - 2 * d);
+    const __m512 radix = _mm512_set1_ps(16777216.0f);
+    return _mm512_mul_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(u), radix, _mm512_cvtepi32_ps(r)),
+                         scale);
+}
+
+AMX_TARGET static inline __attribute__((always_inline)) void
+amx_finish_rows(dfp_digit_rows *e, int64_t count) {
+    const __m512 scale = _mm512_set1_ps(e->scale);
+    const int64_t end = e->next + count < e->rows ? e->next + count : e->rows;
+    for (int64_t i = e->next; i < end; i++) {
+        if (e->row[i] < 0) continue;
+        for (int j = 0; j < 2; j++) {
+            const int32_t *s = e->sums + i * 32 + j * 16;
+            const __m512i hh = _mm512_load_si512(s), mid = _mm512_load_si512(s + 1024);
+            const __m512i ll = _mm512_load_si512(s + 2048);
+            const __m512 y = e->products == 3 ? amx_round(hh, mid, ll, 7, scale)
+                                              : amx_round(hh, mid, ll, 8, scale);
+            float *c = e->c + e->row[i] + j * 16;
+            const int64_t left = e->cols - j * 16;
+            if (left >= 16 && e->stream) _mm512_stream_ps(c, y);
+            else if (left >= 16) _mm512_storeu_ps(c, y);
+            else if (left > 0) _mm512_mask_storeu_ps(c, (__mmask16)((1u << left) - 1), y);
+        }
+    }
+    e->next = end;
+}
+
+AMX_TARGET static void finish_s8__amx(dfp_digit_rows *pending) {
+    amx_finish_rows(pending, pending->rows);
+}
+
+/* One step: 2 x 2 tiles of products, two tiles of A and two of B loaded. */
+#define AMX_STEP(op)                                                                        \
+    do {                                                                                    \
+        const int8_t *at = a + t->a_step[s];                                                \
+        AMX_LOAD(6, b);                                                                     \
+        AMX_LOAD(4, at);                                                                    \
+        AMX_DOT(op, 0, 4, 6);                                                               \
+        AMX_LOAD(5, at + 1024);                                                             \
+        AMX_DOT(op, 2, 5, 6);                                                               \
+        AMX_LOAD(7, b + 1024);                                                              \
+        AMX_DOT(op, 1, 4, 7);                                                               \
+        AMX_DOT(op, 3, 5, 7);                                                               \
+        b += 2048;                                                                          \
+    } while (0)
+
+#define AMX_PASS(op, a_digit, b_digit)                                                      \
+    do {                                                                                    \
+        const int8_t *a = t->a + (a_digit) * t->a_plane, *b = t->b + (b_digit) * t->b_plane; \
+        for (int64_t s = 0; s < t->steps; s++) AMX_STEP(op);                                \
+    } while (0)
+
+#define AMX_OPEN_SUMS(sums)                                                                 \
+    do {                                                                                    \
+        if (t->resume) {                                                                    \
+            AMX_RESUME(0, sums);                                                            \
+            AMX_RESUME(1, sums + 16);                                                       \
+            AMX_RESUME(2, sums + 512);                                                      \
+            AMX_RESUME(3, sums + 528);                                                      \
+        } else {                                                                            \
+            AMX_ZERO(0);                                                                    \
+            AMX_ZERO(1);                                                                    \
+            AMX_ZERO(2);                                                                    \
+            AMX_ZERO(3);                                                                    \
+        }                                                                                   \
+    } while (0)
+
+#define AMX_CLOSE_SUMS(sums)                                                                \
+    do {                                                                                    \
+        AMX_STORE(0, sums);                                                                 \
+        AMX_STORE(1, sums + 16);                                                            \
+        AMX_STORE(2, sums + 512);                                                           \
+        AMX_STORE(3, sums + 528);                                                           \
+    } while (0)
+
+/* Planes one after the other, because eight registers hold the sums of one. While the first runs,
+ * the vector units round the rows of the tile before; they are done when its sums are stored. */
+AMX_TARGET static void multiply_s8__amx(const dfp_digit_tile *t, dfp_digit_rows *pending) {
+    int32_t *const hh = t->sums, *const mid = hh + 1024, *const ll = mid + 1024;
+    AMX_OPEN_SUMS(hh);
+    const int64_t left = pending->rows - pending->next;
+    if (left > 0 && t->steps > 0) {
+        const int64_t share = (left + t->steps - 1) / t->steps;
+        const int8_t *a = t->a, *b = t->b;
+        for (int64_t s = 0; s < t->steps; s++) {
+            AMX_STEP("tdpbssd");
+            amx_finish_rows(pending, share);
+        }
+    } else {
+        AMX_PASS("tdpbssd", 0, 0);
+    }
+    AMX_CLOSE_SUMS(hh);
+    AMX_OPEN_SUMS(mid);
+    if (t->products == 3) {
+        AMX_PASS("tdpbssd", 1, 1);
+    } else {
+        AMX_PASS("tdpbsud", 0, 1);
+        AMX_PASS("tdpbusd", 1, 0);
+    }
+    AMX_CLOSE_SUMS(mid);
+    AMX_OPEN_SUMS(ll);
+    if (t->products == 3) AMX_PASS("tdpbssd", 2, 2);
+    else AMX_PASS("tdpbuud", 1, 1);
+    AMX_CLOSE_SUMS(ll);
+}
+
+#undef AMX_STEP
+#undef AMX_PASS
+#undef AMX_OPEN_SUMS
+#undef AMX_CLOSE_SUMS
+
+/* Exact int16 products of four tile products each. */
+static int64_t peak_s16__amx(int64_t rounds) {
+    amx_open();
+    AMX_ZERO(0);
+    AMX_ZERO(1);
+    AMX_ZERO(2);
+    AMX_ZERO(3);
+    AMX_ZERO(4);
+    AMX_ZERO(6);
+    for (int64_t r = 0; r < rounds; r++) {
+        AMX_DOT("tdpbssd", 0, 4, 6);
+        AMX_DOT("tdpbssd", 1, 4, 6);
+        AMX_DOT("tdpbssd", 2, 4, 6);
+        AMX_DOT("tdpbssd", 3, 4, 6);
+    }
+    amx_close();
+    return rounds * 16 * 16 * 64;
+}
+
+static const dfp_digits dfp_digits__amx = {
+    amx_open, amx_close, lines_s8__amx, lines_of_rows_s8__amx, columns_of_rows_s8__amx,
+    columns_s8__amx, multiply_s8__amx, finish_s8__amx,
+};
+
+static const dfp_kernel dfp_kernel__amx = {
+    "amx", 8, 32,
+    gemm_s16_exact__avx512vnni, gemm_s16_spill__avx512vnni,
+    absmax_bits__avx512vnni, quantize_f32_s16__avx512vnni,
+    interleave_s16__avx512vnni, depthwise_s16__avx512vnni, peak_s16__amx, &dfp_digits__amx,
+};
