@@ -26,7 +26,7 @@ cdef extern from "microkernels/table.h" nogil:
         int64_t a_plane
         const int64_t* a_step
         const int8_t* b
-        int64_t b_plane
+        int64_t b_plane, b_step, b_half
         int64_t steps
         int products
         bint resume
@@ -43,11 +43,16 @@ cdef extern from "microkernels/table.h" nogil:
         void (*open)() noexcept nogil
         void (*close)() noexcept nogil
         void (*lines)(const int16_t*, int64_t, int, int8_t*, int64_t, int64_t) noexcept nogil
-        void (*lines_of_rows)(const int16_t**, int64_t, int, int8_t*, int64_t) noexcept nogil
-        void (*columns_of_rows)(const int16_t**, int64_t, int, int8_t*, int64_t) noexcept nogil
-        void (*columns)(const int16_t*, int, int8_t*, int64_t) noexcept nogil
+        void (*lines_of_rows)(const int16_t**, int64_t, int64_t, int, int8_t*,
+                              int64_t) noexcept nogil
+        void (*columns_of_rows)(const int16_t**, int64_t, int64_t, bint, int, int8_t*, int64_t,
+                                int64_t) noexcept nogil
+        void (*columns)(const int16_t*, bint, int, int8_t*, int64_t) noexcept nogil
+        void (*columns_sliding)(const int16_t**, int64_t, int64_t, int64_t, int, int8_t*, int64_t,
+                                int64_t, int64_t) noexcept nogil
         void (*multiply)(const dfp_digit_tile*, dfp_digit_rows*) noexcept nogil
         void (*finish)(dfp_digit_rows*) noexcept nogil
+        void (*finish_transposed)(const dfp_digit_rows*, int64_t) noexcept nogil
     const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_SUMS, DFP_DIGIT_K_3, DFP_DIGIT_K_4
     ctypedef struct dfp_kernel:
         const char* isa
@@ -141,8 +146,6 @@ def emulate_amx():
     """Makes the kernels of AMX run on a CPU without AMX, by emulating its instructions: the same
     bits, thousands of times slower. For tests; needs AVX-512-VNNI."""
     DFP_EMULATE_AMX()
-
-
 
 
 def peak():

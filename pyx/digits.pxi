@@ -3,14 +3,22 @@
 # columns; the product of a tile is rounded while the next one is summed.
 #
 # Windows that move pixel by pixel are not gathered tap by tap. Their image is laid out flat, its
-# padding included, a line per pixel and 64 channels, and a tap is a distance in lines, the same at
-# every position. Rows of C whose position lies in the padding are summed in vain, and not stored.
+# padding included, and a tap is a distance, the same at every position.
+#
+#   Where positions are rows of C, A has a line per pixel and 64 channels. Rows whose position lies
+#   in the padding are summed in vain, and not stored.
+#
+#   Where positions are the products (weight gradients), the product is mirrored: C is summed
+#   transposed, so that B is the image. It has groups of four pixels that follow each other, and
+#   four copies, shifted by a pixel each: a tap is a copy and a distance in groups. A panel is 32
+#   channels at all taps, that many tiles side by side. In the padding the other factor is zero.
 
 cdef enum:
     FLAT_CACHED = 786432    # bytes of flat lines a task keeps: every tap reads them again
     DIGITS_M = 1024         # rows of C of a task, at most
     DIGITS_LONG = 1024      # K is cut into blocks of this length where A is transposed in packing,
     DIGITS_BLOCK_K = 2048   # and of this one where it is beyond LONG_K
+    MIRRORED_M = 128        # rows of C of a task that is mirrored, at most
     SPLIT_COST = 100        # gathering and splitting an element takes as long as so many products
 
 
@@ -30,42 +38,66 @@ cdef bint digits_pay(Gemm* g) noexcept nogil:
 
 cdef void digits_plan(Gemm* g) noexcept nogil:
     cdef Digits* d = &g.by
-    cdef int64_t lines
+    cdef Window* w = &g.a.window
+    cdef int64_t tile = DFP_DIGIT_TILE, step = DFP_DIGIT_STEP, groups
     d.products = 3 if g.a_bits <= 14 and g.b_bits <= 14 else 4
     d.planes = 3 if d.products == 3 else 2
-    g.mr = g.nr = DFP_DIGIT_TILE
+    d.taps = 1
+    g.mr, g.nr, g.tile_values = tile, tile, tile * tile
     g.narrow_k = DFP_DIGIT_K_3 if d.products == 3 else DFP_DIGIT_K_4
-    g.wide = g.k > g.narrow_k
 
     lay_flat(g)
     g.kb = g.k
-    if d.flat:
-        g.m = g.m // volume(g.a.window.positions) * volume(d.pitch)
-        d.columns = steps_of(g.a.window.channels)
-        d.steps = d.columns * volume(g.a.window.taps)
-        g.mb = FLAT_CACHED
+    if d.mirrored:
+        g.k = g.k // volume(w.positions) * volume(d.pitch)
+        d.taps = volume(w.taps)
+        g.m, g.n = g.n, round_up(w.channels, tile) * d.taps
+        g.nr = tile * d.taps
+        g.kb = DIGITS_LONG
+        g.mb = MIRRORED_M
+        d.columns = d.steps = steps_of(g.kb)
+    elif d.flat:
+        g.m = g.m // volume(w.positions) * volume(d.pitch)
+        d.columns = steps_of(w.channels)
+        d.steps = d.columns * volume(w.taps)
+        g.mb = clamp(FLAT_CACHED // (d.planes * d.columns * step) // tile * tile, tile, DIGITS_M)
     else:
-        if g.a.kind == COLUMNS or g.a.kind == PATCHES_T:
+        if transposed(g):
             g.kb = min(g.k, <int64_t>DIGITS_LONG)
         elif g.k > LONG_K:
             g.kb = DIGITS_BLOCK_K
         d.columns = d.steps = steps_of(g.kb)
-        g.mb = CACHED
-    g.mb = clamp(g.mb // (d.planes * d.columns * DFP_DIGIT_STEP) // DFP_DIGIT_TILE
-                 * DFP_DIGIT_TILE, DFP_DIGIT_TILE, DIGITS_M)
-    share_out(g)
+        g.mb = clamp(CACHED // (d.planes * d.columns * step) // tile * tile, tile, DIGITS_M)
+    g.wide = g.k > g.narrow_k
+    share_out(g, max(<int64_t>BLOCK_MN, 2 * g.nr if d.mirrored else 0))
     size_sums(g, 12)
 
     # An odd number of lines from step to step: at a multiple of 4096 bytes they would share a few
     # sets of the first-level cache.
-    lines = round_up(g.mb + d.halo, 64) + 37
-    d.a_step = lines * DFP_DIGIT_STEP
+    d.a_step = (round_up(g.mb + (0 if d.mirrored else d.halo), 64) + 37) * step
     d.a_plane = d.columns * d.a_step
-    d.b_plane = d.steps * 2 * 1024
+    d.b_copy = 0
+    d.b_step, d.b_half, d.b_plane = 2048, 1024, d.steps * 2048
+    if d.mirrored:
+        groups = d.steps * 16 + (d.halo + 3) // 4 + 1
+        d.b_step, d.b_half, d.b_plane = 1024, groups * 64, groups * 128
+        d.b_copy = d.planes * d.b_plane
     g.a_bytes = round_up(d.planes * d.a_plane + (g.mb + d.steps) * sizeof(int64_t)
-                         + steps_of(g.kb) * DFP_DIGIT_STEP * 2, ALIGN)
-    g.b_bytes = 0 if g.packed_b else d.planes * d.b_plane
-    size_scratch(g, d.planes * d.steps * DFP_DIGIT_STEP)
+                         + gathered_bytes(g), ALIGN)
+    g.b_bytes = 0 if g.packed_b else max(d.planes * d.b_plane, 4 * d.b_copy)
+    size_scratch(g, d.planes * d.steps * step)
+
+
+cdef inline bint transposed(Gemm* g) noexcept nogil:
+    return g.a.kind == COLUMNS or g.a.kind == PATCHES_T
+
+
+cdef inline int64_t gathered_bytes(Gemm* g) noexcept nogil:
+    """What is put together for packing: products of a row, or pointers to the pixels of a block."""
+    cdef int64_t k = steps_of(g.kb) * DFP_DIGIT_STEP
+    if g.by.mirrored:
+        return (2 * k + round_up(g.by.halo + 4, 4)) * sizeof(void*)
+    return k * sizeof(int16_t)
 
 
 cdef void lay_flat(Gemm* g) noexcept nogil:
@@ -74,10 +106,10 @@ cdef void lay_flat(Gemm* g) noexcept nogil:
     cdef Window* w = &g.a.window
     cdef int i
     cdef int64_t reach, least, before, after
-    cdef double padded
-    d.flat = False
+    cdef double layout, positions, channels, taps
+    d.flat = d.mirrored = False
     d.halo = 0
-    if g.a.kind != PATCHES or volume(w.taps) < 2 or volume(w.step) != 1:
+    if g.a.kind == ROWS or g.a.kind == COLUMNS or volume(w.taps) < 2 or volume(w.step) != 1:
         return
     for i in range(3):
         # The taps of one position span reach + 1 pixels, from coordinate `least` on at the first
@@ -90,10 +122,18 @@ cdef void lay_flat(Gemm* g) noexcept nogil:
         # The padding after a row is also the one before the next.
         d.pitch[i] = w.positions[i] + reach - min(reach, min(before, after))
         d.halo = d.halo * d.pitch[i] + reach
-    padded = <double>volume(d.pitch) * steps_of(w.channels) * DFP_DIGIT_STEP
-    d.flat = (volume(w.taps) * steps_of(w.channels) * DFP_DIGIT_STEP <= g.narrow_k
-              and padded * g.n <= (<double>volume(w.positions) * w.channels * (g.n + SPLIT_COST)))
-    if not d.flat:
+    layout, positions, taps = volume(d.pitch), volume(w.positions), volume(w.taps)
+    channels = w.channels
+    if g.a.kind == PATCHES:
+        d.flat = (taps * steps_of(w.channels) * DFP_DIGIT_STEP <= g.narrow_k
+                  and layout * steps_of(w.channels) * DFP_DIGIT_STEP * g.n
+                  <= positions * channels * (g.n + SPLIT_COST))
+    else:
+        d.mirrored = (
+            layout * (round_up(w.channels, DFP_DIGIT_TILE) * taps * round_up(g.n, DFP_DIGIT_TILE)
+                      + SPLIT_COST * (2 * channels + g.n))
+            <= positions * taps * channels * (round_up(g.n, DFP_DIGIT_TILE) + SPLIT_COST))
+    if not d.flat and not d.mirrored:
         d.halo = 0
 
 
@@ -102,7 +142,7 @@ cdef inline int64_t abs64(int64_t x) noexcept nogil:
 
 
 cdef int64_t flat_position(Gemm* g, int64_t line) noexcept nogil:
-    """The window's position at a line, counted through all images, or -1 in the padding."""
+    """The window's position at a pixel of the layout, counted through all images, or -1."""
     cdef Digits* d = &g.by
     cdef Window* w = &g.a.window
     cdef int64_t x = line % d.pitch[2], y = line // d.pitch[2] % d.pitch[1]
@@ -131,7 +171,7 @@ cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
     cdef Digits* d = &g.by
     cdef int64_t nr = g.nr, panels = (g.n + nr - 1) // nr, split = i % g.splits
-    cdef int64_t k0 = split * g.split_k, end = min(g.k, k0 + g.split_k), kc, panel, t, s
+    cdef int64_t k0 = split * g.split_k, end = min(g.k, k0 + g.split_k), kc, panel, t, s, tap
     cdef char* mine = g.scratch + g.shared_bytes + thread * g.task_bytes
     cdef int8_t* a = <int8_t*>mine
     cdef int64_t* row = <int64_t*>(a + d.planes * d.a_plane)
@@ -150,10 +190,14 @@ cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
     for s in range(d.steps):
         a_step[s] = s * d.a_step
         if d.flat:
-            a_step[s] = line_of_step(g, s)
+            # Tap by tap within 64 channels.
+            tap = s % volume(g.a.window.taps)
+            a_step[s] = (s // volume(g.a.window.taps) * d.a_step
+                         + tap_distance(g, tap) * DFP_DIGIT_STEP)
     rows.next = rows.rows = 0
     rows.scale, rows.products, rows.stream = <float>g.scale, d.products, g.stream
-    tile.a_plane, tile.a_step, tile.b_plane = d.a_plane, a_step, d.b_plane
+    tile.a_plane, tile.a_step = d.a_plane, a_step
+    tile.b_plane, tile.b_step, tile.b_half = d.b_plane, d.b_step, d.b_half
     tile.products = d.products
     block.first = True
     block.since_flush = 0
@@ -164,24 +208,39 @@ cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
         block.last = k0 + kc >= g.k and g.splits == 1
         block.since_flush += kc
         block.flush = g.wide and block.since_flush + g.kb > g.narrow_k
-        pack_lines(g, g.a.data + block.item * g.a_batch, block.m0, block.mc, k0, kc, gathered, a)
+        pack_lines(g, &block, k0, kc, gathered, a)
         for panel in range((block.nc + nr - 1) // nr):
+            tile.b = <int8_t*>mine + g.a_bytes
             if g.packed_b:
                 tile.b = (<int8_t*>g.scratch + (block.item * panels + block.n0 // nr + panel)
                           * d.planes * d.b_plane)
+            elif d.mirrored:
+                pack_sliding(g, (block.n0 // nr + panel) * DFP_DIGIT_TILE, kc,
+                             <const int16_t**>gathered, <int8_t*>mine + g.a_bytes)
             else:
-                tile.b = <int8_t*>mine + g.a_bytes
                 pack_columns(g, g.b.data + block.item * g.b_batch, block.n0 + panel * nr, k0, kc,
                              <int8_t*>mine + g.a_bytes)
             for t in range((block.mc + g.mr - 1) // g.mr):
                 tile.a = a + t * g.mr * DFP_DIGIT_STEP
-                multiply_tile(g, &block, &tile, &rows, row, panel, t)
+                if d.mirrored:
+                    multiply_mirrored(g, &block, &tile, &rows, panel, t)
+                else:
+                    multiply_tile(g, &block, &tile, &rows, row, panel, t)
         if block.flush:
             block.since_flush = 0
         block.first = False
         k0 += kc
     kernel.digits.finish(&rows)
     kernel.digits.close()
+
+
+cdef inline void sum_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_rows* rows,
+                          char* acc) noexcept nogil:
+    tile.sums = <int32_t*>acc
+    tile.resume = not block.first
+    kernel.digits.multiply(tile, rows)
+    if g.wide and (block.first or block.flush):
+        widen(g, acc, block.first, block.flush)
 
 
 cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_rows* rows,
@@ -191,11 +250,7 @@ cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_r
     cdef char* acc = block.acc
     if g.carry:
         acc += (panel * (g.mb // g.mr) + t) * g.tile_bytes
-    tile.sums = <int32_t*>acc
-    tile.resume = not block.first
-    kernel.digits.multiply(tile, rows)
-    if g.wide and (block.first or block.flush):
-        widen(g, acc, block.first, block.flush)
+    sum_tile(g, block, tile, rows, acc)
     if not block.last:
         return
     if g.fast:
@@ -206,65 +261,119 @@ cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_r
         store_tile(g, block, t * g.mr, panel * g.nr, min(g.mr, block.mc - t * g.mr), cols)
 
 
-cdef inline int64_t line_of_step(Gemm* g, int64_t s) noexcept nogil:
-    """Where a flat step's lines begin, in bytes: tap by tap within 64 channels."""
+cdef void multiply_mirrored(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_rows* rows,
+                            int64_t panel, int64_t t) noexcept nogil:
+    """Sums the tiles of all taps; stores them transposed after the last block of K."""
+    cdef Digits* d = &g.by
+    cdef const int8_t* panel_data = tile.b
+    cdef int64_t tap, at
+    for tap in range(d.taps):
+        at = tap_distance(g, tap)
+        tile.b = panel_data + at % 4 * d.b_copy + at // 4 * 64
+        sum_tile(g, block, tile, rows, mirrored_sums(g, block, panel, t, tap))
+    tile.b = panel_data
+    if block.last:
+        round_mirrored(g, block, panel, t)
+
+
+cdef inline char* mirrored_sums(Gemm* g, Block* block, int64_t panel, int64_t t,
+                                int64_t tap) noexcept nogil:
+    return block.acc + ((panel * (g.mb // g.mr) + t) * g.by.taps + tap) * g.tile_bytes
+
+
+cdef void round_mirrored(Gemm* g, Block* block, int64_t panel, int64_t t) noexcept nogil:
+    """Rounds the tiles of all taps, [filters][channels], into C, [tap][channel][filter]."""
+    cdef int64_t tap, i, j, channels = g.a.window.channels
+    cdef int64_t c0 = (block.n0 // g.nr + panel) * DFP_DIGIT_TILE
+    cdef char* acc
+    cdef float* c
+    cdef dfp_digit_rows done
+    done.rows = min(g.mr, block.mc - t * g.mr)
+    done.cols = min(<int64_t>DFP_DIGIT_TILE, channels - c0)
+    done.scale, done.products = <float>g.scale, g.by.products
+    for tap in range(g.by.taps):
+        acc = mirrored_sums(g, block, panel, t, tap)
+        c = block.c + (tap * channels + c0) * g.ldc + block.m0 + t * g.mr
+        if g.fast and g.splits == 1:
+            done.sums, done.c = <int32_t*>acc, c
+            kernel.digits.finish_transposed(&done, g.ldc)
+            continue
+        round_tile(g, acc, block.spare)
+        for j in range(done.cols):
+            for i in range(done.rows):
+                c[j * g.ldc + i] = block.spare[i * DFP_DIGIT_TILE + j]
+
+
+cdef inline int64_t tap_distance(Gemm* g, int64_t tap) noexcept nogil:
+    """How many pixels of the layout a tap lies after the pixel of its position."""
     cdef Digits* d = &g.by
     cdef Window* w = &g.a.window
-    cdef int64_t tap = s % volume(w.taps)
     cdef int64_t x = d.first[2] + tap % w.taps[2] * w.tap_step[2]
     cdef int64_t y = d.first[1] + tap // w.taps[2] % w.taps[1] * w.tap_step[1]
     cdef int64_t z = d.first[0] + tap // w.taps[2] // w.taps[1] * w.tap_step[0]
-    return (s // volume(w.taps) * d.a_step
-            + ((z * d.pitch[1] + y) * d.pitch[2] + x) * DFP_DIGIT_STEP)
+    return (z * d.pitch[1] + y) * d.pitch[2] + x
 
 
 # ---- Packing -------------------------------------------------------------------------------------
 
-cdef void pack_lines(Gemm* g, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
-                     int16_t* gathered, int8_t* out) noexcept nogil:
-    """Rows m0 .. m0 + mc, products k0 .. k0 + kc of A."""
+cdef void pack_lines(Gemm* g, Block* block, int64_t k0, int64_t kc, int16_t* gathered,
+                     int8_t* out) noexcept nogil:
+    """The block's rows, products k0 .. k0 + kc, of A."""
     cdef Digits* d = &g.by
     cdef ASource* a = &g.a
+    cdef const int16_t* data = a.data + block.item * g.a_batch
     cdef int64_t i, s
-    if d.flat:
-        pack_flat(g, data, m0, mc + d.halo, out)
-    elif a.kind == ROWS or a.kind == PATCHES:
-        for i in range(mc):
-            if a.kind == ROWS:
-                kernel.digits.lines(data + (m0 + i) * a.ld + k0, kc, d.products,
-                                    out + i * DFP_DIGIT_STEP, d.a_step, d.a_plane)
-            else:
-                gather(&a.window, data, m0 + i, k0, kc, gathered)
-                kernel.digits.lines(gathered, kc, d.products, out + i * DFP_DIGIT_STEP,
-                                    d.a_step, d.a_plane)
-    else:
+    if d.mirrored:
+        pack_mirrored(g, block, k0, kc, <const int16_t**>gathered, out)
+    elif d.flat:
+        pack_flat(g, data, block.m0, block.mc + d.halo, out)
+    elif transposed(g):
         for s in range(steps_of(kc)):
-            pack_transposed(g, data, m0, mc, k0 + s * DFP_DIGIT_STEP,
+            pack_transposed(g, data, block.m0, block.mc, k0 + s * DFP_DIGIT_STEP,
                             min(kc - s * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP),
                             out + s * d.a_step)
+    else:
+        for i in range(block.mc):
+            if a.kind == ROWS:
+                kernel.digits.lines(data + (block.m0 + i) * a.ld + k0, kc, d.products,
+                                    out + i * DFP_DIGIT_STEP, d.a_step, d.a_plane)
+            else:
+                gather(&a.window, data, block.m0 + i, k0, kc, gathered)
+                kernel.digits.lines(gathered, kc, d.products, out + i * DFP_DIGIT_STEP,
+                                    d.a_step, d.a_plane)
 
 
 cdef void pack_flat(Gemm* g, const int16_t* image, int64_t first, int64_t count,
                     int8_t* out) noexcept nogil:
     """Lines first .. first + count of the padded images."""
     cdef Digits* d = &g.by
+    cdef int64_t items = g.m // volume(d.pitch), channels = g.a.window.channels, i, j, s, p, n
+    cdef const int16_t* pixels[64]
+    for i in range(0, count, 64):
+        n = min(count - i, <int64_t>64)
+        layout_pixels(g, image, items, first + i, n, pixels)
+        for j in range(n):
+            if pixels[j] != NULL:
+                kernel.digits.lines(pixels[j], channels, d.products, out, d.a_step, d.a_plane)
+            else:
+                for p in range(d.planes):
+                    for s in range(d.columns):
+                        memset(out + p * d.a_plane + s * d.a_step, 0, DFP_DIGIT_STEP)
+            out += DFP_DIGIT_STEP
+
+
+cdef void layout_pixels(Gemm* g, const int16_t* image, int64_t items, int64_t first,
+                        int64_t count, const int16_t** pixels) noexcept nogil:
+    """Where pixels first .. first + count of the layout lie; NULL in the padding."""
+    cdef Digits* d = &g.by
     cdef Window* w = &g.a.window
-    cdef int64_t items = g.m // volume(d.pitch), i, s, p
     cdef int64_t x = first % d.pitch[2], y = first // d.pitch[2] % d.pitch[1]
     cdef int64_t z = first // d.pitch[2] // d.pitch[1] % d.pitch[0]
-    cdef int64_t item = first // volume(d.pitch)
-    cdef const int16_t* pixel
+    cdef int64_t item = first // volume(d.pitch), i
     for i in range(count):
-        pixel = NULL
+        pixels[i] = NULL
         if item < items:
-            pixel = pixel_or_null(w, image, item, z + d.low[0], y + d.low[1], x + d.low[2])
-        if pixel != NULL:
-            kernel.digits.lines(pixel, w.channels, d.products, out, d.a_step, d.a_plane)
-        else:
-            for p in range(d.planes):
-                for s in range(d.columns):
-                    memset(out + p * d.a_plane + s * d.a_step, 0, DFP_DIGIT_STEP)
-        out += DFP_DIGIT_STEP
+            pixels[i] = pixel_or_null(w, image, item, z + d.low[0], y + d.low[1], x + d.low[2])
         x += 1
         if x == d.pitch[2]:
             x, y = 0, y + 1
@@ -274,53 +383,76 @@ cdef void pack_flat(Gemm* g, const int16_t* image, int64_t first, int64_t count,
                     z, item = 0, item + 1
 
 
+cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int16_t** pixels,
+                        int8_t* out) noexcept nogil:
+    """A of a mirrored product: filters are lines. Before that, `pixels` are set to those of the
+    image, for pack_sliding; the gradient's at the same positions come after them."""
+    cdef Digits* d = &g.by
+    cdef int64_t image = round_up(g.kb + d.halo + 4, 4), k, s, c, position
+    cdef int64_t items = g.k // volume(d.pitch), steps = steps_of(kc)
+    cdef const int16_t* dy = g.b.data + block.item * g.b_batch
+    layout_pixels(g, g.a.data + block.item * g.a_batch, items, k0,
+                  steps * DFP_DIGIT_STEP + d.halo + 4, pixels)
+    pixels += image
+    for k in range(steps * DFP_DIGIT_STEP):
+        pixels[k] = NULL
+        if k < kc:
+            position = flat_position(g, k0 + k)
+            if position >= 0:
+                pixels[k] = dy + position * g.b.k_stride
+    for s in range(steps):
+        for c in range(0, block.mc, 32):
+            kernel.digits.lines_of_rows(pixels + s * DFP_DIGIT_STEP, block.m0 + c,
+                                        min(block.mc - c, <int64_t>32), d.products,
+                                        out + s * d.a_step + c * DFP_DIGIT_STEP, d.a_plane)
+
+
+cdef void pack_sliding(Gemm* g, int64_t channel, int64_t kc, const int16_t** pixels,
+                       int8_t* out) noexcept nogil:
+    """32 channels of the image, for all taps of a mirrored product."""
+    cdef Digits* d = &g.by
+    kernel.digits.columns_sliding(pixels, steps_of(kc) * DFP_DIGIT_STEP + d.halo + 4, channel,
+                                  min(g.a.window.channels - channel, <int64_t>32), d.products,
+                                  out, d.b_half, d.b_plane, d.b_copy)
+
+
 cdef void pack_transposed(Gemm* g, const int16_t* data, int64_t m0, int64_t mc, int64_t k0,
                           int64_t kc, int8_t* out) noexcept nogil:
     """One step of A where rows of A lie across the data: channels are rows, pixels products."""
     cdef Digits* d = &g.by
     cdef Window* w = &g.a.window
-    cdef int64_t j = m0, run, c, k
+    cdef int64_t j = m0, run, first, c, k
     cdef const int16_t* rows[64]
     while j < m0 + mc:
         if g.a.kind == COLUMNS:
-            run = mc
+            run, first = mc, j
             for k in range(DFP_DIGIT_STEP):
-                rows[k] = data + (k0 + k) * g.a.ld + j if k < kc else zero_row
+                rows[k] = data + (k0 + k) * g.a.ld if k < kc else NULL
         else:
-            run = min(m0 + mc - j, w.channels - j % w.padded)
-            rows_of_tap(w, data, j // w.padded, j % w.padded, k0, kc, rows)
-        for c in range(0, run, 16):
-            kernel.digits.lines_of_rows(rows, min(run - c, <int64_t>16), d.products,
+            first = j % w.padded
+            run = min(m0 + mc - j, w.channels - first)
+            rows_of_tap(w, data, j // w.padded, k0, kc, rows)
+        for c in range(0, run, 32):
+            kernel.digits.lines_of_rows(rows, first + c, min(run - c, <int64_t>32), d.products,
                                         out + (j - m0 + c) * DFP_DIGIT_STEP, d.a_plane)
-            next_columns(rows)
         j += run
 
 
-cdef inline void next_columns(const int16_t** rows) noexcept nogil:
-    cdef int64_t k
-    for k in range(DFP_DIGIT_STEP):
-        if rows[k] != zero_row:
-            rows[k] += 16
-
-
-cdef void rows_of_tap(const Window* w, const int16_t* image, int64_t tap, int64_t channel,
-                      int64_t k0, int64_t kc, const int16_t** rows) noexcept nogil:
-    """The pixels that a tap meets at positions k0 .. k0 + kc, from a channel on."""
+cdef void rows_of_tap(const Window* w, const int16_t* image, int64_t tap, int64_t k0, int64_t kc,
+                      const int16_t** rows) noexcept nogil:
+    """The pixels that a tap meets at positions k0 .. k0 + kc."""
     cdef int64_t tx = tap % w.taps[2] * w.tap_step[2] + w.offset[2]
     cdef int64_t ty = tap // w.taps[2] % w.taps[1] * w.tap_step[1] + w.offset[1]
     cdef int64_t tz = tap // w.taps[2] // w.taps[1] * w.tap_step[0] + w.offset[0]
     cdef int64_t x = k0 % w.positions[2], y = k0 // w.positions[2] % w.positions[1], k
     cdef int64_t z = k0 // w.positions[2] // w.positions[1], item
-    cdef const int16_t* pixel
     z, item = z % w.positions[0], z // w.positions[0]
     for k in range(DFP_DIGIT_STEP):
-        rows[k] = zero_row
+        rows[k] = NULL
         if k >= kc:
             continue
-        pixel = pixel_or_null(w, image, item, z * w.step[0] + tz, y * w.step[1] + ty,
-                              x * w.step[2] + tx)
-        if pixel != NULL:
-            rows[k] = pixel + channel
+        rows[k] = pixel_or_null(w, image, item, z * w.step[0] + tz, y * w.step[1] + ty,
+                                x * w.step[2] + tx)
         x += 1
         if x == w.positions[2]:
             x, y = 0, y + 1
@@ -338,7 +470,6 @@ cdef void pack_columns(Gemm* g, const int16_t* data, int64_t n0, int64_t k0, int
     cdef int64_t taps = volume(g.a.window.taps), s, k, count, half, i, n
     cdef int16_t q[16 * 64]
     cdef const int16_t* rows[64]
-    cdef const int16_t* p
     for s in range(d.steps if d.flat else steps_of(kc)):
         if d.flat:
             k = s % taps * b.padded + s // taps * DFP_DIGIT_STEP
@@ -348,19 +479,17 @@ cdef void pack_columns(Gemm* g, const int16_t* data, int64_t n0, int64_t k0, int
             count = min(kc - s * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP)
         if b.n_stride == 1:
             for i in range(DFP_DIGIT_STEP):
-                p = b_row(b, data, k + i) if i < count else NULL
-                rows[i] = p + n0 if p != NULL else zero_row
-        for half in range(2):
-            n = n0 + half * 16
-            if b.n_stride == 1:
-                kernel.digits.columns_of_rows(rows, clamp(g.n - n, 0, 16), d.products, out,
-                                              d.b_plane)
-                next_columns(rows)
-            else:
+                rows[i] = b_row(b, data, k + i) if i < count else NULL
+            kernel.digits.columns_of_rows(rows, n0, min(g.n - n0, <int64_t>32), transposed(g),
+                                          d.products, out, d.b_half, d.b_plane)
+        else:
+            for half in range(2):
                 for i in range(16):
-                    copy_column(b, data, n + i, k, count if n + i < g.n else 0, q + i * 64)
-                kernel.digits.columns(q, d.products, out, d.b_plane)
-            out += 1024
+                    n = n0 + half * 16 + i
+                    copy_column(b, data, n, k, count if n < g.n else 0, q + i * 64)
+                kernel.digits.columns(q, transposed(g), d.products, out + half * d.b_half,
+                                      d.b_plane)
+        out += d.b_step
 
 
 cdef inline void copy_column(BSource* b, const int16_t* data, int64_t n, int64_t k, int64_t count,

@@ -20,14 +20,16 @@ cdef enum:
 # What a product on int8 tiles needs besides: digits.pxi.
 cdef struct Digits:
     int products, planes
-    bint flat                   # lines of A are pixels of the padded image
-    int64_t low[3]              # the image's coordinates of the first line
-    int64_t pitch[3]            # lines, rows and planes from one to the next
-    int64_t first[3]            # where the first tap of position 0 lies, in lines, rows, planes
-    int64_t halo                # how far the last tap is from the first, in lines
+    bint flat                   # the window's image is laid out flat, with its padding
+    bint mirrored               # and its pixels are the products: C is summed transposed
+    int64_t low[3]              # the image's coordinates of the first pixel of the layout
+    int64_t pitch[3]            # pixels, rows and planes from one to the next
+    int64_t first[3]            # where the first tap of position 0 lies, in the same units
+    int64_t halo                # how far the last tap is from the first, in pixels
+    int64_t taps                # tiles side by side in a panel: mirrored taps
     int64_t columns             # steps of A that are stored: flat taps share them
     int64_t steps               # that are summed
-    int64_t a_step, a_plane, b_plane            # bytes
+    int64_t a_step, a_plane, b_plane, b_step, b_half, b_copy    # bytes
 
 cdef struct Gemm:
     # What is computed. Strides count int16 elements (floats for c).
@@ -45,6 +47,7 @@ cdef struct Gemm:
     # How: filled in by gemm_plan.
     int threads
     int64_t mr, nr              # of a tile of C
+    int64_t tile_values         # sums that lie together
     int64_t mb, nb, kb, m_blocks, n_blocks
     int64_t segment         # spill: products after which chains restart, in K
     int64_t chain           # products of a chain
@@ -94,7 +97,7 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
     cdef int64_t mr = kernel.mr, nr = kernel.nr
     cdef int64_t qq = <int64_t>qmax_of(g.a_bits) * qmax_of(g.b_bits)
     cdef int64_t limit = safe_chain(g.a_bits, g.b_bits, 0 if g.spill else 65535)
-    g.mr, g.nr = mr, nr
+    g.mr, g.nr, g.tile_values = mr, nr, mr * nr
     g.narrow_k = (<int64_t>1 << 47) // qq // 2 * 2
     g.wide = not g.spill and g.k > g.narrow_k
 
@@ -109,7 +112,7 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
         g.kb = min(g.kb, g.narrow_k)
 
     g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
-    share_out(g)
+    share_out(g, BLOCK_MN)
     # hi and lo, or one float; and the int64 beyond them.
     size_sums(g, 8)
     g.a_bytes = round_up(a_block_bytes(&g.a, g.mb, g.kb), ALIGN)
@@ -117,19 +120,19 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
     size_scratch(g, round_up(g.k, 2) * 2)
 
 
-cdef void share_out(Gemm* g) noexcept nogil:
-    """Cuts C into blocks of at most mb rows, one for every task."""
+cdef void share_out(Gemm* g, int64_t nb) noexcept nogil:
+    """Cuts C into blocks for the tasks: at most mb rows, nb columns unless B is packed for all."""
     cdef int64_t mr = g.mr, nr = g.nr, tasks
     # Neither the scale nor a nonzero result (at least the scale) may be subnormal.
     g.fast = -126 <= g.exponent <= 127 and not g.wide
-    g.carry = g.kb < g.k
+    g.carry = g.kb < g.k or (g.digits and g.by.mirrored)
     g.mb = min(g.mb, round_up(max(g.m, <int64_t>1), mr))
     g.m_blocks = (g.m + g.mb - 1) // g.mb
     g.packed_b = not g.carry and g.m_blocks > 2
     g.splits, g.split_k = 1, g.k
     g.nb = round_up(max(g.n, <int64_t>1), nr)
     if not g.packed_b:
-        g.nb = min(g.nb, round_up(BLOCK_MN, nr))
+        g.nb = min(g.nb, round_up(nb, nr))
     # Enough tasks for all threads: split a long K, or halve the longer side of the blocks.
     while True:
         g.m_blocks = (g.m + g.mb - 1) // g.mb
@@ -137,7 +140,7 @@ cdef void share_out(Gemm* g) noexcept nogil:
         tasks = max(g.batch * g.m_blocks * g.n_blocks, <int64_t>1)
         if g.threads == 1 or tasks >= 2 * g.threads:
             break
-        if g.carry and not g.spill:
+        if g.kb < g.k and not g.spill:
             g.splits = (2 * g.threads + tasks - 1) // tasks
             g.split_k = round_up((g.k + g.splits - 1) // g.splits, g.kb)
             g.splits = (g.k + g.split_k - 1) // g.split_k
@@ -154,8 +157,10 @@ cdef void share_out(Gemm* g) noexcept nogil:
 
 cdef void size_sums(Gemm* g, int64_t element) noexcept nogil:
     """Sums take `element` bytes for each value of C, and an int64 where they are too narrow."""
-    g.tile_bytes = round_up(g.mr * g.nr * (element + (8 if g.wide else 0)), ALIGN)
-    g.acc_bytes = g.tile_bytes * (g.mb // g.mr * (g.nb // g.nr) if g.carry else 1)
+    g.tile_bytes = round_up(g.tile_values * (element + (8 if g.wide else 0)), ALIGN)
+    g.acc_bytes = g.tile_bytes
+    if g.carry:
+        g.acc_bytes *= g.mb * g.nb // g.tile_values
 
 
 cdef void size_scratch(Gemm* g, int64_t column_bytes) noexcept nogil:
@@ -292,6 +297,9 @@ cdef void add_splits_task(void* work, int64_t i, int thread) noexcept nogil:
     locate_block(g, i, g.scratch + g.shared_bytes + thread * g.task_bytes, &block)
     for panel in range((block.nc + nr - 1) // nr):
         for t in range((block.mc + mr - 1) // mr):
+            if g.digits and g.by.mirrored:
+                round_mirrored(g, &block, panel, t)
+                continue
             round_tile(g, block.acc + (panel * (g.mb // mr) + t) * g.tile_bytes, block.spare)
             store_tile(g, &block, t * mr, panel * nr, min(mr, block.mc - t * mr),
                        min(nr, block.nc - panel * nr))
@@ -339,13 +347,13 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
 
 cdef inline int64_t* wide_sums(Gemm* g, char* acc) noexcept nogil:
     """A tile's int64 sums lie after its int32 ones."""
-    return <int64_t*>(acc + g.mr * g.nr * (12 if g.digits else 8))
+    return <int64_t*>(acc + g.tile_values * (12 if g.digits else 8))
 
 
 cdef inline int64_t narrow_sum(Gemm* g, char* acc, int64_t i) noexcept nogil:
     """Element i of a tile, from what its int32 sums hold."""
     cdef int32_t* sums = <int32_t*>acc
-    cdef int64_t n = g.mr * g.nr
+    cdef int64_t n = g.tile_values
     if g.digits:
         return digits_sum(g, sums[i], sums[n + i], sums[2 * n + i])
     return <int64_t>sums[i] * 65536 + sums[n + i]
@@ -354,7 +362,7 @@ cdef inline int64_t narrow_sum(Gemm* g, char* acc, int64_t i) noexcept nogil:
 cdef void widen(Gemm* g, char* acc, bint first, bint flush) noexcept nogil:
     """Moves what the int32 sums hold into the tile's int64 sums before they can overflow."""
     cdef int64_t* wide = wide_sums(g, acc)
-    cdef int64_t i, n = g.mr * g.nr
+    cdef int64_t i, n = g.tile_values
     if first:
         memset(wide, 0, n * sizeof(int64_t))
     if flush:
@@ -366,7 +374,7 @@ cdef void widen(Gemm* g, char* acc, bint first, bint flush) noexcept nogil:
 cdef void round_tile(Gemm* g, char* acc, float* out) noexcept nogil:
     """Rounds a tile's sums the careful way: any exponent, any length of K, any number of splits."""
     cdef int64_t i, split, total
-    for i in range(g.mr * g.nr):
+    for i in range(g.tile_values):
         if g.spill:
             out[i] = <float>((<float*>acc)[i] * g.scale)
             continue

@@ -51,6 +51,12 @@ cdef struct Scatter:
     int64_t offset[3]
     int64_t size[3]
 
+cdef extern from * nogil:
+    """
+    #define dfp_prefetch(p) __builtin_prefetch(p, 0, 2)
+    """
+    void prefetch "dfp_prefetch"(const void* p)
+
 cdef enum:
     MAX_NR = 64
 
@@ -266,17 +272,15 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
 
 cdef inline const int16_t* b_row(BSource* s, const int16_t* data, int64_t k) noexcept nogil:
     """Element (k, 0) of B, or NULL where k is padding."""
-    cdef int64_t tap, c, w, h, d
-    if k < s.padded:                # the first tap: all there is of a matrix
-        tap, c = 0, k
-    else:
+    cdef int64_t tap, c = k, w = s.first[2], h = s.first[1], d = s.first[0]
+    if k >= s.padded:               # not the first tap, which is all there is of a matrix
         tap, c = k // s.padded, k % s.padded
+        w += tap % s.taps[2] * s.jump[2]
+        tap //= s.taps[2]
+        h += tap % s.taps[1] * s.jump[1]
+        d += tap // s.taps[1] * s.jump[0]
     if c >= s.channels:
         return NULL
-    w = s.first[2] + tap % s.taps[2] * s.jump[2]
-    tap //= s.taps[2]
-    h = s.first[1] + tap % s.taps[1] * s.jump[1]
-    d = s.first[0] + tap // s.taps[1] * s.jump[0]
     return data + ((d * s.size[1] + h) * s.size[2] + w) * s.tap_stride + c * s.k_stride
 
 
@@ -292,6 +296,9 @@ cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, 
         if s.n_stride == 1:
             p = p + n0 if p != NULL else zero_row
             q = q + n0 if q != NULL else zero_row
+            # The next panel's: rows are too far apart for the hardware to see it coming.
+            prefetch(p + nr)
+            prefetch(q + nr)
             kernel.interleave(p, q, nc, <int>nr, 0, to + k * nr * 2)
         elif q == p + 1 and nc == nr:
             # Pairs lie side by side: copy them as one.

@@ -110,53 +110,124 @@ AMX_TARGET static inline __attribute__((always_inline)) void amx_transpose(__m51
     }
 }
 
-/* Digits of four rows of 16 mantissas, [16][4]: each int32 has one column's four products. */
-AMX_TARGET static inline __attribute__((always_inline)) int
-amx_quad(const int16_t *const *rows, __mmask16 columns, int products, __m512i planes[3]) {
-    __m256i q[4];
-    for (int i = 0; i < 4; i++) q[i] = _mm256_maskz_loadu_epi16(columns, rows[i]);
-    const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(q[0]), q[1], 1);
-    const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(q[2]), q[3], 1);
-    const int n = amx_split(a, b, products, planes);
-    /* Lane 0 of a plane now has columns 0-7 of rows 0 and 2, lane 1 columns 8-15 of the same,
-     * lanes 2 and 3 of rows 1 and 3. */
-    for (int p = 0; p < n; p++) {
-        const __m256i even = _mm512_castsi512_si256(planes[p]);
-        const __m256i odd = _mm512_extracti64x4_epi64(planes[p], 1);
-        const __m256i r01 = _mm256_unpacklo_epi8(even, odd);
-        const __m256i r23 = _mm256_unpackhi_epi8(even, odd);
-        const __m256i low = _mm256_unpacklo_epi16(r01, r23);
-        const __m256i high = _mm256_unpackhi_epi16(r01, r23);
-        planes[p] = _mm512_inserti64x4(
-            _mm512_castsi256_si512(_mm256_permute2x128_si256(low, high, 0x20)),
-            _mm256_permute2x128_si256(low, high, 0x31), 1);
+/* Digits (high, low) of a row of 32 mantissas, as int16. */
+typedef struct { __m512i high, low; } amx_row;
+AMX_TARGET static inline __attribute__((always_inline)) amx_row
+amx_split_row(const int16_t *row, int64_t c, __mmask32 columns, int products) {
+    amx_row r;
+    const __m512i q = _mm512_maskz_loadu_epi16(row ? columns : 0, row + c);
+    if (products == 3) {
+        r.high = _mm512_srai_epi16(_mm512_add_epi16(q, _mm512_set1_epi16(64)), 7);
+        r.low = _mm512_sub_epi16(q, _mm512_slli_epi16(r.high, 7));
+    } else {
+        r.high = _mm512_srai_epi16(q, 8);
+        r.low = _mm512_and_si512(q, _mm512_set1_epi16(255));
     }
-    return n;
+    return r;
 }
 
-AMX_TARGET static void columns_of_rows_s8__amx(const int16_t *const *rows, int64_t n, int products,
-                                               int8_t *out, int64_t plane) {
-    const __mmask16 columns = (__mmask16)((1u << n) - 1);
+/* Two rows' digits in turns: bytes (first, second) of a column. */
+AMX_TARGET static inline __attribute__((always_inline)) amx_row
+amx_pair(amx_row a, amx_row b, int products) {
+    const __m512i turns = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+    amx_row r = {_mm512_packs_epi16(a.high, b.high),
+                 products == 3 ? _mm512_packs_epi16(a.low, b.low)
+                               : _mm512_packus_epi16(a.low, b.low)};
+    r.high = _mm512_shuffle_epi8(r.high, turns);
+    r.low = _mm512_shuffle_epi8(r.low, turns);
+    return r;
+}
+
+/* A group of four products, two pairs, of 32 columns: stores [16][4] bytes per half and plane. */
+AMX_TARGET static inline __attribute__((always_inline)) void
+amx_store_group(amx_row first, amx_row second, int products, int8_t *out, int64_t half,
+                int64_t plane) {
+    /* A lane has 8 columns; its two halves come from two unpacks. */
+    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i h0 = _mm512_unpacklo_epi16(first.high, second.high);
+    const __m512i h1 = _mm512_unpackhi_epi16(first.high, second.high);
+    const __m512i l0 = _mm512_unpacklo_epi16(first.low, second.low);
+    const __m512i l1 = _mm512_unpackhi_epi16(first.low, second.low);
+    for (int i = 0; i < 2; i++, out += half) {
+        const __m512i high = _mm512_permutex2var_epi64(h0, i ? right : left, h1);
+        const __m512i low = _mm512_permutex2var_epi64(l0, i ? right : left, l1);
+        _mm512_store_si512(out, high);
+        if (products == 3) {
+            _mm512_store_si512(out + plane, _mm512_add_epi8(high, low));
+            _mm512_store_si512(out + 2 * plane, low);
+        } else {
+            _mm512_store_si512(out + plane, low);
+        }
+    }
+}
+
+AMX_TARGET static inline __attribute__((always_inline)) void
+amx_columns_of_rows(const int16_t *const *rows, int64_t c, int64_t n, int natural, int products,
+                    int8_t *out, int64_t half, int64_t plane) {
+    const __mmask32 columns = (__mmask32)(((uint64_t)1 << n) - 1);
     for (int g = 0; g < 16; g++) {
-        __m512i planes[3];
-        const int count = amx_quad(rows + amx_group(g), columns, products, planes);
-        for (int p = 0; p < count; p++) _mm512_store_si512(out + p * plane + g * 64, planes[p]);
+        const int16_t *const *r = rows + (natural ? 4 * g : amx_group(g));
+        /* The next panel's: rows are too far apart for the hardware to see it coming. */
+        for (int i = 0; i < 4; i++) _mm_prefetch((const char *)(r[i] + c + 32), _MM_HINT_T1);
+        amx_store_group(amx_pair(amx_split_row(r[0], c, columns, products),
+                                 amx_split_row(r[1], c, columns, products), products),
+                        amx_pair(amx_split_row(r[2], c, columns, products),
+                                 amx_split_row(r[3], c, columns, products), products),
+                        products, out + g * 64, half, plane);
     }
 }
 
-AMX_TARGET static void lines_of_rows_s8__amx(const int16_t *const *rows, int64_t n, int products,
-                                             int8_t *out, int64_t plane) {
-    int8_t columns[3][1024] __attribute__((aligned(64)));
-    columns_of_rows_s8__amx(rows, n, products, columns[0], 1024);
-    for (int p = 0; p < (products == 3 ? 3 : 2); p++) {
-        __m512i r[16];
-        for (int g = 0; g < 16; g++) r[g] = _mm512_load_si512(columns[p] + g * 64);
-        amx_transpose(r);
-        for (int i = 0; i < n; i++) _mm512_store_si512(out + p * plane + i * 64, r[i]);
+AMX_TARGET static void columns_of_rows_s8__amx(const int16_t *const *rows, int64_t c, int64_t n,
+                                               int natural, int products, int8_t *out,
+                                               int64_t half, int64_t plane) {
+    if (products == 3) amx_columns_of_rows(rows, c, n, natural, 3, out, half, plane);
+    else amx_columns_of_rows(rows, c, n, natural, 4, out, half, plane);
+}
+
+AMX_TARGET static inline __attribute__((always_inline)) void
+amx_columns_sliding(const int16_t *const *rows, int64_t count, int64_t c, int64_t n, int products,
+                    int8_t *out, int64_t half, int64_t plane, int64_t copy) {
+    const __mmask32 columns = (__mmask32)(((uint64_t)1 << n) - 1);
+    /* The row before, and the pairs that begin two and one rows before it. */
+    amx_row last = amx_split_row(rows[2], c, columns, products);
+    amx_row middle = amx_split_row(rows[1], c, columns, products);
+    amx_row older = amx_pair(amx_split_row(rows[0], c, columns, products), middle, products);
+    amx_row old = amx_pair(middle, last, products);
+    for (int64_t q = 0; q + 3 < count; q++) {
+        const amx_row next = amx_split_row(rows[q + 3], c, columns, products);
+        const amx_row pair = amx_pair(last, next, products);
+        amx_store_group(older, pair, products, out + (q & 3) * copy + q / 4 * 64, half, plane);
+        last = next;
+        older = old;
+        old = pair;
     }
 }
 
-AMX_TARGET static void columns_s8__amx(const int16_t *q, int products, int8_t *out,
+AMX_TARGET static void columns_sliding_s8__amx(const int16_t *const *rows, int64_t count,
+                                               int64_t c, int64_t n, int products, int8_t *out,
+                                               int64_t half, int64_t plane, int64_t copy) {
+    if (products == 3) amx_columns_sliding(rows, count, c, n, 3, out, half, plane, copy);
+    else amx_columns_sliding(rows, count, c, n, 4, out, half, plane, copy);
+}
+
+AMX_TARGET static void lines_of_rows_s8__amx(const int16_t *const *rows, int64_t c, int64_t n,
+                                             int products, int8_t *out, int64_t plane) {
+    int8_t groups[3][2][1024] __attribute__((aligned(64)));
+    columns_of_rows_s8__amx(rows, c, n, 1, products, groups[0][0], 1024, 2048);
+    for (int p = 0; p < (products == 3 ? 3 : 2); p++)
+        for (int h = 0; h < 2; h++) {
+            __m512i r[16];
+            for (int g = 0; g < 16; g++) r[g] = _mm512_load_si512(groups[p][h] + g * 64);
+            amx_transpose(r);
+            const int64_t lines = n - h * 16 < 16 ? n - h * 16 : 16;
+            for (int i = 0; i < lines; i++)
+                _mm512_store_si512(out + p * plane + (h * 16 + i) * 64, r[i]);
+        }
+}
+
+AMX_TARGET static void columns_s8__amx(const int16_t *q, int natural, int products, int8_t *out,
                                        int64_t plane) {
     int8_t lines[3][1024] __attribute__((aligned(64)));
     for (int j = 0; j < 16; j++) lines_s8__amx(q + j * 64, 64, products, lines[0] + j * 64, 0, 1024);
@@ -164,7 +235,8 @@ AMX_TARGET static void columns_s8__amx(const int16_t *q, int products, int8_t *o
         __m512i r[16];
         for (int j = 0; j < 16; j++) r[j] = _mm512_load_si512(lines[p] + j * 64);
         amx_transpose(r);
-        for (int g = 0; g < 16; g++) _mm512_store_si512(out + p * plane + g * 64, r[g]);
+        for (int g = 0; g < 16; g++)
+            _mm512_store_si512(out + p * plane + (natural ? amx_group(g) / 4 : g) * 64, r[g]);
     }
 }
 
@@ -214,6 +286,26 @@ AMX_TARGET static void finish_s8__amx(dfp_digit_rows *pending) {
     amx_finish_rows(pending, pending->rows);
 }
 
+AMX_TARGET static void finish_transposed_s8__amx(const dfp_digit_rows *e, int64_t ldc) {
+    const __m512 scale = _mm512_set1_ps(e->scale);
+    for (int64_t i = 0; i < e->rows; i += 16)
+        for (int64_t j = 0; j < e->cols; j += 16) {
+            const int64_t left = e->rows - i;
+            const __mmask16 here = left < 16 ? (__mmask16)((1u << left) - 1) : 0xffff;
+            __m512i r[16];
+            for (int k = 0; k < 16; k++) {
+                const int32_t *s = e->sums + (i + k) * 32 + j;
+                const __m512i hh = _mm512_load_si512(s), mid = _mm512_load_si512(s + 1024);
+                const __m512i ll = _mm512_load_si512(s + 2048);
+                r[k] = _mm512_castps_si512(e->products == 3 ? amx_round(hh, mid, ll, 7, scale)
+                                                            : amx_round(hh, mid, ll, 8, scale));
+            }
+            amx_transpose(r);
+            for (int k = 0; k < 16 && j + k < e->cols; k++)
+                _mm512_mask_storeu_epi32(e->c + (j + k) * ldc + i, here, r[k]);
+        }
+}
+
 /* One step: 2 x 2 tiles of products, two tiles of A and two of B loaded. */
 #define AMX_STEP(op)                                                                        \
     do {                                                                                    \
@@ -223,10 +315,10 @@ AMX_TARGET static void finish_s8__amx(dfp_digit_rows *pending) {
         AMX_DOT(op, 0, 4, 6);                                                               \
         AMX_LOAD(5, at + 1024);                                                             \
         AMX_DOT(op, 2, 5, 6);                                                               \
-        AMX_LOAD(7, b + 1024);                                                              \
+        AMX_LOAD(7, b + t->b_half);                                                         \
         AMX_DOT(op, 1, 4, 7);                                                               \
         AMX_DOT(op, 3, 5, 7);                                                               \
-        b += 2048;                                                                          \
+        b += t->b_step;                                                                     \
     } while (0)
 
 #define AMX_PASS(op, a_digit, b_digit)                                                      \
@@ -315,7 +407,8 @@ static int64_t peak_s16__amx(int64_t rounds) {
 
 static const dfp_digits dfp_digits__amx = {
     amx_open, amx_close, lines_s8__amx, lines_of_rows_s8__amx, columns_of_rows_s8__amx,
-    columns_s8__amx, multiply_s8__amx, finish_s8__amx,
+    columns_s8__amx, columns_sliding_s8__amx, multiply_s8__amx, finish_s8__amx,
+    finish_transposed_s8__amx,
 };
 
 static const dfp_kernel dfp_kernel__amx = {

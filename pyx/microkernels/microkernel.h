@@ -73,9 +73,12 @@ typedef struct {
  *
  *   line     64 bytes: the digits of one row of A in one step.
  *   A        line r of step s of plane p: a + p * a_plane + a_step[s] + 64 * r.
- *   B        plane p: b + p * b_plane, [steps][2][16][16][4]: half of the columns, group of four
- *            products, column, product.
- *   sums     [3][32][32] int32, no longer than 131072 (3) or 32768 (4) products: none overflows. */
+ *   B        groups of four products, [16 columns][4 products]: half h of the 32 columns, group g
+ *            of step s of plane p: b + p * b_plane + s * b_step + h * b_half + 64 * g.
+ *   sums     [3][32][32] int32, no longer than 131072 (3) or 32768 (4) products: none overflows.
+ *
+ * Within a step, products lie in the kernel's own order where they come from lines of the data,
+ * and as they come where they are its rows (`natural`); A and B must agree. */
 enum {
     DFP_DIGIT_TILE = 32,        /* rows, and columns, of a tile of C */
     DFP_DIGIT_STEP = 64,
@@ -89,7 +92,7 @@ typedef struct {
     int64_t a_plane;
     const int64_t *a_step;
     const int8_t *b;
-    int64_t b_plane;
+    int64_t b_plane, b_step, b_half;
     int64_t steps;
     int products;
     int resume;                 /* from what `sums` holds, else from zero */
@@ -115,17 +118,25 @@ typedef struct {
      * of plane p goes to out + s * step + p * plane. */
     void (*lines)(const int16_t *q, int64_t count, int products, int8_t *out, int64_t step,
                   int64_t plane);
-    /* n <= 16 lines of one step of A, from the step's 64 products as rows: rows[k][i]. */
-    void (*lines_of_rows)(const int16_t *const *rows, int64_t n, int products, int8_t *out,
-                          int64_t plane);
-    /* One half (n <= 16 columns) of one step of B, from rows[k][j], */
-    void (*columns_of_rows)(const int16_t *const *rows, int64_t n, int products, int8_t *out,
-                            int64_t plane);
-    /* or from columns q[j * 64 + k], 16 of them. */
-    void (*columns)(const int16_t *q, int products, int8_t *out, int64_t plane);
+    /* n <= 32 lines of one step of A from rows: line i has rows[k][c + i] for the step's 64 k,
+     * in natural order. A row that is NULL is zeros, here and below. */
+    void (*lines_of_rows)(const int16_t *const *rows, int64_t c, int64_t n, int products,
+                          int8_t *out, int64_t plane);
+    /* One step of B, n <= 32 columns, from rows: rows[k][c + j]; */
+    void (*columns_of_rows)(const int16_t *const *rows, int64_t c, int64_t n, int natural,
+                            int products, int8_t *out, int64_t half, int64_t plane);
+    /* 16 columns of it, from q[j * 64 + k]; */
+    void (*columns)(const int16_t *q, int natural, int products, int8_t *out, int64_t plane);
+    /* and four copies, for windows that slide along the rows: group g of copy v has the products
+     * 4g + v and the three after it, of `count` products in all. */
+    void (*columns_sliding)(const int16_t *const *rows, int64_t count, int64_t c, int64_t n,
+                            int products, int8_t *out, int64_t half, int64_t plane,
+                            int64_t copy);
     /* Sums of a tile; on the way it finishes the rows of another one, whose sums it may share. */
     void (*multiply)(const dfp_digit_tile *tile, dfp_digit_rows *pending);
     void (*finish)(dfp_digit_rows *pending);
+    /* The same at once, the tile transposed: column j goes to c[j * ldc + i], i < rows. */
+    void (*finish_transposed)(const dfp_digit_rows *done, int64_t ldc);
 } dfp_digits;
 
 /* What an instruction set brings; chosen once, when the library is loaded. */
