@@ -9,9 +9,15 @@ import tensorflow as tf
 from keras_dfp import reference
 from keras_dfp.native import extension, lib
 
+
+def _available():
+    return [entry["name"] for entry in extension.isas() if entry["available"]]
+
+
+NATIVE = _available()
 # Where the CPU has no AMX, its instructions are emulated: the bits are the same.
 extension.emulate_amx()
-ISAS = [entry["name"] for entry in extension.isas() if entry["available"]]
+ISAS = _available()
 THREADS = (1, 2, 3, 4)
 TOKEN = np.zeros(0, np.float32)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from kernels import ISAS, assert_same_bits, running
+from kernels import ISAS, NATIVE, assert_same_bits, running
 
 from keras_dfp import ops
 from keras_dfp.number import DFPFormat
@@ -96,9 +96,16 @@ def train(*runs):
 
 
 def test_a_training_run_ends_in_the_same_weights():
-    rows = train(*((isa, threads) for threads in (1, 2, 4) for isa in ISAS))
-    again = train((ISAS[0], 2), (ISAS[-1], 1))
+    rows = train(*((isa, threads) for threads in (1, 2, 4) for isa in NATIVE))
+    again = train((NATIVE[0], 2), (NATIVE[-1], 1))
     assert len({digest for *_, digest in rows + again}) == 1, rows + again
     # The runs did go through as many threads: OpenMP has started workers for them.
     alive = {threads: tasks for _, threads, tasks, _ in rows}
     assert alive[1] < alive[2] < alive[4], rows
+
+
+@pytest.mark.slow
+def test_a_training_run_on_every_instruction_set():
+    """Emulated ones too, which takes minutes."""
+    rows = train(*((isa, 2) for isa in ISAS))
+    assert len({digest for *_, digest in rows}) == 1, rows

@@ -1,6 +1,6 @@
 """Every microkernel against plain C, without TensorFlow: on this CPU, and on emulated ones.
 
-The check is a C program, kernels/microkernels.c. Cross compilers and QEMU are optional: on Debian,
+The check is a C program, microkernels/microkernels.c. Cross compilers and QEMU are optional: on Debian,
 `apt install qemu-user-static gcc-aarch64-linux-gnu gcc-s390x-linux-gnu gcc-riscv64-linux-gnu`.
 """
 
@@ -14,7 +14,7 @@ from keras_dfp.native import extension
 
 ROOT = Path(__file__).parents[1]
 # Those of setup.py that change what is computed.
-FLAGS = ["-fno-math-errno", "-fno-strict-aliasing", "-ffp-contract=off"]
+FLAGS = ["-D_GNU_SOURCE", "-fno-math-errno", "-fno-strict-aliasing", "-ffp-contract=off"]
 SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -24,7 +24,7 @@ def run(tmp_path, compiler, options, *emulator):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     program = tmp_path / "microkernels"
-    source = ROOT / "tests" / "kernels" / "microkernels.c"
+    source = ROOT / "tests" / "microkernels" / "microkernels.c"
     command = [compiler, *options, *FLAGS, f"-I{ROOT / 'pyx'}", source, "-lm", "-o", program]
     subprocess.run(command, check=True)
     done = subprocess.run([*emulator, program], stdout=subprocess.PIPE, text=True)

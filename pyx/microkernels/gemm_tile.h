@@ -133,7 +133,7 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
     ISA_NAME, MR, NR,
     DFP_CAT(gemm_s16_exact__, ISA), DFP_CAT(gemm_s16_spill__, ISA),
     DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),
-    DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_s16__, ISA), DFP_CAT(peak_s16__, ISA),
+    DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_s16__, ISA), DFP_CAT(peak_s16__, ISA), NULL,
 };
 
 #undef NR

@@ -358,6 +358,9 @@ static void check_kernel(const dfp_kernel *k) {
 }
 
 int main(int argc, char **argv) {
+#ifdef DFP_HAS_AMX
+    amx_emulate();
+#endif
     for (int i = 0; i < DFP_ISAS; i++) {
         const dfp_isa *isa = &dfp_isas[i];
         if (argc > 1 && strcmp(argv[1], isa->name) != 0) continue;
