@@ -1,7 +1,7 @@
 """Every microkernel against plain C, without TensorFlow: on this CPU, and on emulated ones.
 
-The check is a C program, microkernels/microkernels.c. Cross compilers and QEMU are optional: on Debian,
-`apt install qemu-user-static gcc-aarch64-linux-gnu gcc-s390x-linux-gnu gcc-riscv64-linux-gnu`.
+The check is a C program, microkernels/microkernels.c. Cross compilers and QEMU are optional: on
+Debian, `apt install qemu-user-static gcc-{aarch64,s390x,riscv64}-linux-gnu`.
 """
 
 import shutil

@@ -11,9 +11,6 @@
 /* Assembly rather than intrinsics: those of gcc 12 do not say what memory they read and write. */
 typedef struct { int8_t x[16][64]; } amx_lines;
 typedef struct { int32_t x[16][32]; } amx_sums;
-#define AMX_LOAD(t, p)                                                                      \
-    __asm__ __volatile__("tileloadd (%0,%1,1), %%tmm" #t                                    \
-                         : : "r"(p), "r"((int64_t)64), "m"(*(const amx_lines *)(p)))
 #define AMX_RESUME(t, p)                                                                    \
     __asm__ __volatile__("tileloadd (%0,%1,1), %%tmm" #t                                    \
                          : : "r"(p), "r"((int64_t)128), "m"(*(const amx_sums *)(p)))
@@ -309,15 +306,19 @@ AMX_TARGET static void finish_transposed_s8__amx(const dfp_digit_rows *e, int64_
 /* One step: 2 x 2 tiles of products, two tiles of A and two of B loaded. */
 #define AMX_STEP(op)                                                                        \
     do {                                                                                    \
-        const int8_t *at = a + t->a_step[s];                                                \
-        AMX_LOAD(6, b);                                                                     \
-        AMX_LOAD(4, at);                                                                    \
-        AMX_DOT(op, 0, 4, 6);                                                               \
-        AMX_LOAD(5, at + 1024);                                                             \
-        AMX_DOT(op, 2, 5, 6);                                                               \
-        AMX_LOAD(7, b + t->b_half);                                                         \
-        AMX_DOT(op, 1, 4, 7);                                                               \
-        AMX_DOT(op, 3, 5, 7);                                                               \
+        const int8_t *const at = a + t->a_step[s], *const right = b + t->b_half;            \
+        __asm__ __volatile__("tileloadd (%[b],%[line],1), %%tmm6\n\t"                       \
+                             "tileloadd (%[a],%[line],1), %%tmm4\n\t"                       \
+                             op " %%tmm6, %%tmm4, %%tmm0\n\t"                               \
+                             "tileloadd 1024(%[a],%[line],1), %%tmm5\n\t"                   \
+                             op " %%tmm6, %%tmm5, %%tmm2\n\t"                               \
+                             "tileloadd (%[right],%[line],1), %%tmm7\n\t"                   \
+                             op " %%tmm7, %%tmm4, %%tmm1\n\t"                               \
+                             op " %%tmm7, %%tmm5, %%tmm3"                                   \
+                             :                                                              \
+                             : [a] "r"(at), [b] "r"(b), [right] "r"(right),                 \
+                               [line] "r"((int64_t)64), "m"(*(const amx_lines(*)[2])at),    \
+                               "m"(*(const amx_lines *)b), "m"(*(const amx_lines *)right)); \
         b += t->b_step;                                                                     \
     } while (0)
 

@@ -127,11 +127,11 @@ static int amx_do(const uint8_t *at, const greg_t *regs) {
 static void amx_on_illegal(int signal, siginfo_t *info, void *context) {
     ucontext_t *const u = (ucontext_t *)context;
     greg_t *const regs = u->uc_mcontext.gregs;
-    const int length = amx_do((const uint8_t *)(uintptr_t)regs[REG_RIP], regs);
-    if (length) {
-        regs[REG_RIP] += length;
-        return;
-    }
+    const uint8_t *const first = (const uint8_t *)(uintptr_t)regs[REG_RIP], *at = first;
+    /* A signal costs more than what it is for: those that follow are done at once. */
+    for (int length; (length = amx_do(at, regs)) > 0;) at += length;
+    regs[REG_RIP] = (greg_t)(uintptr_t)at;
+    if (at != first) return;
     /* Somebody else's: let the handler before, or the default, have the same instruction. */
     (void)info;
     sigaction(signal, &amx_before, NULL);
