@@ -14,11 +14,14 @@
 #   channels at all taps, that many tiles side by side. In the padding the other factor is zero.
 
 cdef enum:
-    FLAT_CACHED = 786432    # bytes of flat lines a task keeps: every tap reads them again
+    FLAT_CACHED = 786432    # bytes of lines a task keeps if they are read, or made, many times
     DIGITS_M = 1024         # rows of C of a task, at most
     DIGITS_LONG = 1024      # K is cut into blocks of this length where A is transposed in packing,
     DIGITS_BLOCK_K = 2048   # and of this one where it is beyond LONG_K
-    MIRRORED_M = 128        # rows of C of a task that is mirrored, at most
+    MIRRORED_M = 128        # rows and
+    MIRRORED_N = 576        # columns of C of a task that is mirrored,
+    MIRRORED_SUMS = 73728   # whose sums wait, so many of them
+    MIRRORED_TAPS = 64
     SPLIT_COST = 100        # gathering and splitting an element takes as long as so many products
 
 
@@ -54,7 +57,7 @@ cdef void digits_plan(Gemm* g) noexcept nogil:
         g.m, g.n = g.n, round_up(w.channels, tile) * d.taps
         g.nr = tile * d.taps
         g.kb = DIGITS_LONG
-        g.mb = MIRRORED_M
+        g.mb = clamp(MIRRORED_SUMS // g.nr // tile * tile, tile, MIRRORED_M)
         d.columns = d.steps = steps_of(g.kb)
     elif d.flat:
         g.m = g.m // volume(w.positions) * volume(d.pitch)
@@ -67,14 +70,15 @@ cdef void digits_plan(Gemm* g) noexcept nogil:
         elif g.k > LONG_K:
             g.kb = DIGITS_BLOCK_K
         d.columns = d.steps = steps_of(g.kb)
-        g.mb = clamp(CACHED // (d.planes * d.columns * step) // tile * tile, tile, DIGITS_M)
+        g.mb = clamp((FLAT_CACHED if transposed(g) else CACHED) // (d.planes * d.columns * step)
+                     // tile * tile, tile, BLOCK_MN if transposed(g) else DIGITS_M)
     g.wide = g.k > g.narrow_k
-    share_out(g, max(<int64_t>BLOCK_MN, 2 * g.nr if d.mirrored else 0))
+    share_out(g, max(g.nr, MIRRORED_N // g.nr * g.nr) if d.mirrored else BLOCK_MN)
     size_sums(g, 12)
 
     # An odd number of lines from step to step: at a multiple of 4096 bytes they would share a few
     # sets of the first-level cache.
-    d.a_step = (round_up(g.mb + (0 if d.mirrored else d.halo), 64) + 37) * step
+    d.a_step = (g.mb + (d.halo if d.flat else 0) | 1) * step
     d.a_plane = d.columns * d.a_step
     d.b_copy = 0
     d.b_step, d.b_half, d.b_plane = 2048, 1024, d.steps * 2048
@@ -106,7 +110,7 @@ cdef void lay_flat(Gemm* g) noexcept nogil:
     cdef Window* w = &g.a.window
     cdef int i
     cdef int64_t reach, least, before, after
-    cdef double layout, positions, channels, taps
+    cdef double layout, positions, channels, taps, columns, filters
     d.flat = d.mirrored = False
     d.halo = 0
     if g.a.kind == ROWS or g.a.kind == COLUMNS or volume(w.taps) < 2 or volume(w.step) != 1:
@@ -123,16 +127,17 @@ cdef void lay_flat(Gemm* g) noexcept nogil:
         d.pitch[i] = w.positions[i] + reach - min(reach, min(before, after))
         d.halo = d.halo * d.pitch[i] + reach
     layout, positions, taps = volume(d.pitch), volume(w.positions), volume(w.taps)
-    channels = w.channels
-    if g.a.kind == PATCHES:
-        d.flat = (taps * steps_of(w.channels) * DFP_DIGIT_STEP <= g.narrow_k
-                  and layout * steps_of(w.channels) * DFP_DIGIT_STEP * g.n
-                  <= positions * channels * (g.n + SPLIT_COST))
-    else:
-        d.mirrored = (
-            layout * (round_up(w.channels, DFP_DIGIT_TILE) * taps * round_up(g.n, DFP_DIGIT_TILE)
-                      + SPLIT_COST * (2 * channels + g.n))
-            <= positions * taps * channels * (round_up(g.n, DFP_DIGIT_TILE) + SPLIT_COST))
+    channels, columns = w.channels, steps_of(w.channels) * DFP_DIGIT_STEP
+    if g.a.kind == PATCHES and taps * columns <= LONG_K:
+        d.flat = (d.halo * columns * d.planes <= FLAT_CACHED
+                  and layout * columns * g.n <= positions * channels * (g.n + SPLIT_COST))
+    elif g.a.kind == PATCHES_T and taps <= MIRRORED_TAPS:
+        # Halves of B have a group for every four pixels, in four copies.
+        columns = round_up(w.channels, DFP_DIGIT_TILE)
+        filters = round_up(g.n, DFP_DIGIT_TILE)
+        d.mirrored = (d.halo * 128 * d.planes <= FLAT_CACHED
+                      and layout * (columns * taps * filters + SPLIT_COST * (2 * channels + g.n))
+                      <= positions * channels * taps * (filters + SPLIT_COST))
     if not d.flat and not d.mirrored:
         d.halo = 0
 

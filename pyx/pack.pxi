@@ -108,6 +108,15 @@ cdef inline void zero_s16(int16_t* to, int64_t n) noexcept nogil:
     memset(to, 0, n * sizeof(int16_t))
 
 
+cdef inline bint within(const Window* v, int64_t d0, int64_t h0, int64_t w0) noexcept nogil:
+    """Are all taps of the position that begins here inside of the image?"""
+    cdef int64_t d1 = d0 + (v.taps[0] - 1) * v.tap_step[0]
+    cdef int64_t h1 = h0 + (v.taps[1] - 1) * v.tap_step[1]
+    cdef int64_t w1 = w0 + (v.taps[2] - 1) * v.tap_step[2]
+    return (min(d0, d1) >= 0 and max(d0, d1) < v.size[0] and min(h0, h1) >= 0
+            and max(h0, h1) < v.size[1] and w0 >= 0 and w1 < v.size[2])
+
+
 cdef void gather(const Window* v, const int16_t* image, int64_t position, int64_t j0, int64_t count,
                  int16_t* to) noexcept nogil:
     """Copies elements j0 .. j0 + count of the window's (tap, channel) axis at one position."""
@@ -126,6 +135,16 @@ cdef void gather(const Window* v, const int16_t* image, int64_t position, int64_
     cdef const int16_t* row
     # Taps next to each other in memory are copied in one go.
     cdef bint adjacent = v.tap_step[2] == 1 and v.channels == v.pixel == v.padded
+    if adjacent and count == volume(v.taps) * v.padded and within(v, d0, h0, w0):
+        # The whole window, none of it in the padding: most positions of a first layer.
+        run = v.taps[2] * v.pixel
+        for td in range(v.taps[0]):
+            for th in range(v.taps[1]):
+                d, h = d0 + td * v.tap_step[0], h0 + th * v.tap_step[1]
+                copy_s16(to, image + (((position * v.size[0] + d) * v.size[1] + h) * v.size[2]
+                                      + w0) * v.pixel, run)
+                to += run
+        return
     while j < end:
         d, h = d0 + td * v.tap_step[0], h0 + th * v.tap_step[1]
         if not (0 <= d < v.size[0] and 0 <= h < v.size[1]):

@@ -19,15 +19,20 @@ def up(n, to):
     return -(-n // to) * to
 
 
-def bound_of_product(k, n, groups, threads, bits, accumulation):
-    """Bytes for sums of k products in n columns, `groups` times; as the documentation says."""
+def bound_of_product(taps, channels, n, groups, threads, bits, accumulation):
+    """Bytes for sums of taps * channels products in n columns, `groups` times; as the
+    documentation says."""
+    k = taps * up(channels, 2)
     chain = reference.safe_chain(*bits)
     each = 3 * MB
     if k * reference.qmax(bits[0]) * reference.qmax(bits[1]) >= 2**47:
         each += 2 * MB
     if accumulation == "spill" and chain > 8224:
         each += 128 * min(k, chain)
-    return 2 * groups * up(min(k, 8192), 2) * up(n, 64) + threads * each
+    element = 2
+    if extension.isa() == "amx":
+        element, k = 3, taps * up(channels, 64)
+    return element * groups * up(min(k, 8192), 64) * up(n, 64) + threads * each
 
 
 def bounds(case, threads, bits, accumulation):
@@ -40,12 +45,12 @@ def bounds(case, threads, bits, accumulation):
         return [2 * (case.filters > 1) * n + threads * 3 * MB + MB for n in copies]
     taps, groups = math.prod(case.kernel), case.groups
     channels, filters = case.channels // groups, case.filters // groups
-    forward = taps * up(channels, 2), filters, (x_bits, w_bits)
-    back = taps * up(filters, 2), channels, (dy_bits, w_bits)
-    across = math.prod(y[:-1]), filters, (x_bits, dy_bits)
+    forward = taps, channels, filters, (x_bits, w_bits)
+    back = taps, filters, channels, (dy_bits, w_bits)
+    across = 1, math.prod(y[:-1]), filters, (x_bits, dy_bits)
     return [
-        bound_of_product(k, n, groups, threads, pair, accumulation)
-        for k, n, pair in (forward, back, across)
+        bound_of_product(*k, n, groups, threads, pair, accumulation)
+        for *k, n, pair in (forward, back, across)
     ]
 
 
@@ -117,7 +122,7 @@ def test_matmul(isa, shape):
                         transpose_a=ta, transpose_b=tb,
                     )  # fmt: skip
                     taken = extension.most_scratch()
-                most = bound_of_product(k, n, 1, 4, (bits, bits), accumulation)
+                most = bound_of_product(1, k, n, 1, 4, (bits, bits), accumulation)
                 assert 0 < taken <= most, (isa, shape, bits, accumulation, ta, tb)
 
 
@@ -128,5 +133,5 @@ def test_statistics():
     extension.most_scratch()
     lib.dfp_conv(**operands, strides=[1, 1], dilations=[1, 1], n_statistics=4)
     threads = extension.threads()
-    product = bound_of_product(4, 100, 1, threads, (14, 14), "exact")
+    product = bound_of_product(1, 4, 100, 1, threads, (14, 14), "exact")
     assert 0 < extension.most_scratch() <= max(product, 24 * 3 * 50 * 100 + 64)
