@@ -12,13 +12,23 @@ cdef extern from "microkernels/table.h" nogil:
         int64_t ldc
         float scale
         bint stream
+    ctypedef struct dfp_patch:
+        const int16_t** x
+        int64_t terms, n, rows, pixels
+        int64_t x_row, x_step, y_row, y_step
+        int64_t chain
+        const int16_t** w
+        float* y
+        double scale
+        bint careful, stream
+        const int16_t* dy
+        int64_t** sums
     ctypedef struct dfp_terms:
         const int16_t** x
         const int16_t** w
         int64_t terms, segment, chain, n
         bint resume
-        int64_t* wide
-        float* floats
+        float* sums
         float* y
         double scale
     ctypedef struct dfp_digit_tile:
@@ -63,7 +73,9 @@ cdef extern from "microkernels/table.h" nogil:
         void (*quantize)(const float*, int64_t, float, float, float, bint, int16_t*) noexcept nogil
         void (*interleave)(const int16_t*, const int16_t*, int64_t, int, int64_t,
                            int16_t*) noexcept nogil
-        void (*depthwise)(const dfp_terms*) noexcept nogil
+        void (*depthwise_patch)(const dfp_patch*) noexcept nogil
+        void (*depthwise_dots)(const dfp_patch*) noexcept nogil
+        void (*depthwise_spill)(const dfp_terms*) noexcept nogil
         int64_t (*peak)(int64_t) noexcept nogil
         const dfp_digits* digits
     ctypedef struct dfp_isa:

@@ -26,3 +26,13 @@
 #define F_LOADU(p) _mm512_loadu_ps(p)
 #define F_STOREU(p, f) _mm512_storeu_ps(p, f)
 #define F_STREAM(p, f) _mm512_stream_ps(p, f)
+#define V_ZIPLO(a, b) _mm512_unpacklo_epi16(a, b)
+#define V_ZIPHI(a, b) _mm512_unpackhi_epi16(a, b)
+#define V_FIRST(lo, hi) \
+    _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), hi)
+#define V_SECOND(lo, hi) \
+    _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi)
+#define F_FIRST(lo, hi) \
+    _mm512_castsi512_ps(V_FIRST(_mm512_castps_si512(lo), _mm512_castps_si512(hi)))
+#define F_SECOND(lo, hi) \
+    _mm512_castsi512_ps(V_SECOND(_mm512_castps_si512(lo), _mm512_castps_si512(hi)))

@@ -15,16 +15,21 @@
  *   F_FROM(v)         int32 to float, nearest-even
  *   F_STREAM(p, f)    store past the caches, p aligned to a vector
  *   F_ADD, F_MUL, F_FMA(a, b, c), F_SET1, F_STOREU(p, f), F_LOADU(p), F_ZERO()
+ * and, where V_DOT is worth interleaving pairs for (depthwise.h), all or none of
+ *   V_ZIPLO(a, b), V_ZIPHI(a, b)     a0 b0 a1 b1 .. of int16: half of each 128-bit part
+ *   V_FIRST(lo, hi), V_SECOND(lo, hi)   int32 lanes that V_DOT made of them, back in order
+ *   F_FIRST, F_SECOND                the same of float lanes
  */
 
-#include "loops.h"
-
-#define NR (NV * LANES)
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+
+#include "loops.h"
+
+#define NR (NV * LANES)
 
 #define STORE_C(p, f)                                                            \
     do {                                                                         \
@@ -132,8 +137,7 @@ TARGET static int64_t DFP_CAT(peak_s16__, ISA)(int64_t rounds) {
 static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
     ISA_NAME, MR, NR,
     DFP_CAT(gemm_s16_exact__, ISA), DFP_CAT(gemm_s16_spill__, ISA),
-    DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),
-    DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_s16__, ISA), DFP_CAT(peak_s16__, ISA), NULL,
+    DFP_LOOPS, DFP_CAT(peak_s16__, ISA), NULL,
 };
 
 #undef NR
@@ -171,3 +175,9 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
 #undef F_LOADU
 #undef F_STOREU
 #undef F_STREAM
+#undef V_ZIPLO
+#undef V_ZIPHI
+#undef V_FIRST
+#undef V_SECOND
+#undef F_FIRST
+#undef F_SECOND

@@ -51,14 +51,10 @@ TARGET static void DFP_CAT(interleave_s16__, ISA)(const int16_t *restrict p,
 #undef INTERLEAVE
 
 /* `width` channels from c on; a constant width keeps the accumulators in registers. */
-#define DEPTHWISE_BLOCK(width)                                                           \
+#define SPILL_BLOCK(width)                                                               \
     {                                                                                    \
-        int64_t wide[width];                                                             \
         float sum[width];                                                                \
-        for (int i = 0; i < (width); i++) {                                              \
-            wide[i] = t->wide && t->resume ? t->wide[c + i] : 0;                         \
-            sum[i] = t->floats && t->resume ? t->floats[c + i] : 0.0f;                   \
-        }                                                                                \
+        for (int i = 0; i < (width); i++) sum[i] = t->resume ? t->sums[c + i] : 0.0f;    \
         for (int64_t first = 0; first < t->terms;) {                                     \
             int64_t end = first - first % t->segment + t->segment;                       \
             if (end > first + t->chain) end = first + t->chain;                          \
@@ -71,26 +67,27 @@ TARGET static void DFP_CAT(interleave_s16__, ISA)(const int16_t *restrict p,
                 for (int i = 0; i < (width); i++)                                        \
                     acc[i] += (int32_t)x[c + i] * (int32_t)w[c + i];                     \
             }                                                                            \
-            if (t->wide)                                                                 \
-                for (int i = 0; i < (width); i++) wide[i] += acc[i];                     \
-            else                                                                         \
-                for (int i = 0; i < (width); i++) sum[i] += (float)acc[i];               \
+            for (int i = 0; i < (width); i++) sum[i] += (float)acc[i];                   \
             first = end;                                                                 \
         }                                                                                \
-        for (int i = 0; i < (width); i++) {                                              \
-            if (t->y)                                                                    \
-                t->y[c + i] = t->wide ? dfp_round(wide[i], t->scale)                     \
-                                      : (float)((double)sum[i] * t->scale);              \
-            else if (t->wide) t->wide[c + i] = wide[i];                                  \
-            else t->floats[c + i] = sum[i];                                              \
-        }                                                                                \
+        for (int i = 0; i < (width); i++)                                                \
+            if (t->y) t->y[c + i] = (float)((double)sum[i] * t->scale);                  \
+            else t->sums[c + i] = sum[i];                                                \
     }
 
-TARGET static void DFP_CAT(depthwise_s16__, ISA)(const dfp_terms *t) {
+TARGET static void DFP_CAT(depthwise_spill__, ISA)(const dfp_terms *t) {
     int64_t c = 0;
-    for (; c + 32 <= t->n; c += 32) DEPTHWISE_BLOCK(32)
-    for (; c + 8 <= t->n; c += 8) DEPTHWISE_BLOCK(8)
-    for (; c < t->n; c++) DEPTHWISE_BLOCK(1)
+    for (; c + 32 <= t->n; c += 32) SPILL_BLOCK(32)
+    for (; c + 8 <= t->n; c += 8) SPILL_BLOCK(8)
+    for (; c < t->n; c++) SPILL_BLOCK(1)
 }
 
-#undef DEPTHWISE_BLOCK
+#undef SPILL_BLOCK
+
+#include "depthwise.h"
+
+/* Their part of a dfp_kernel. */
+#define DFP_LOOPS                                                                        \
+    DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),                       \
+        DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_patch__, ISA),                 \
+        DFP_CAT(depthwise_dots__, ISA), DFP_CAT(depthwise_spill__, ISA)

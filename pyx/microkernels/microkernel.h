@@ -40,22 +40,44 @@ typedef struct {
     int stream;
 } dfp_tile;
 
-/* Sums of products of int16 rows, channel by channel: the loop of every depthwise pass.
+/* What a depthwise convolution does with a patch of pixels that the same kernel positions reach:
+ * products of int16 rows, channel by channel, 0 <= c < n. Term k of pixel (h, p) reads the row at
+ * x[k] + h * x_row + p * x_step. A chain of `chain` pairs of terms (`dots`: of pixels) sums to no
+ * more than 2**31 - 1 - 65535 in magnitude.
+ *
+ * patch: y[h * y_row + p * y_step + c] = RN32(scale * sum over k of x[k][..][c] * w[k][c]); scale
+ *        is a power of two. Unless `careful`, |sum| < 2**47, and neither scale nor a nonzero result
+ *        is subnormal. With `stream`, y, its steps and n are multiples of 64 bytes, and the stores
+ *        may go past the caches.
+ * dots:  sums[k][c] += sum over h, p of x[k][..][c] * dy[h * y_row + p * y_step + c]; a call adds
+ *        less than 2**47. */
+typedef struct {
+    const int16_t **x;
+    int64_t terms, n, rows, pixels;
+    int64_t x_row, x_step, y_row, y_step;
+    int64_t chain;
+    const int16_t **w;
+    float *y;
+    double scale;
+    int careful, stream;
+    const int16_t *dy;
+    int64_t **sums;
+} dfp_patch;
+
+/* The same sums in spill mode, for one pixel or one row of dw:
  *
  *   sum[c] = sum over t of x[t][c] * w[t][c], 0 <= c < n; a NULL x[t] contributes nothing.
  *
  * Terms come in segments of `segment` terms, and a chain of int32 additions is at most `chain`
- * terms long and ends with its segment. The wide sums are int64 (exact) or float32 (spill, chains
- * added in order); they start from wide/floats if `resume`, else from zero. If `y` is not NULL the
- * sums go there, times `scale`, a power of two, and rounded once; else they go back to
- * wide/floats. Exactly one of wide and floats is not NULL. */
+ * terms long and ends with its segment; chains are added in float32, in order. The sums start from
+ * `sums` if `resume`, else from zero. If `y` is not NULL they go there, times `scale`, a power of
+ * two, and rounded once; else they go back to `sums`. */
 typedef struct {
     const int16_t **x;
     const int16_t **w;
     int64_t terms, segment, chain, n;
     int resume;
-    int64_t *wide;
-    float *floats;
+    float *sums;
     float *y;
     double scale;
 } dfp_terms;
@@ -155,7 +177,9 @@ typedef struct {
      * The last panel is filled with zeros. */
     void (*interleave)(const int16_t *p, const int16_t *q, int64_t n, int mr, int64_t panel,
                        int16_t *out);
-    void (*depthwise)(const dfp_terms *);
+    void (*depthwise_patch)(const dfp_patch *);
+    void (*depthwise_dots)(const dfp_patch *);
+    void (*depthwise_spill)(const dfp_terms *);
     /* Does nothing but multiply-accumulate, on registers; returns how many products. */
     int64_t (*peak)(int64_t rounds);
     const dfp_digits *digits;   /* or NULL */

@@ -1,0 +1,215 @@
+/* The loops of depthwise convolutions, once per instruction set; loops.h includes this. With
+ * V_ZIPLO, V_ZIPHI, V_FIRST and V_SECOND (see gemm_tile.h) exact sums are made of V_DOT: a pair of
+ * terms is interleaved channel by channel, and one instruction multiplies and adds both. Without,
+ * or with fewer channels than a vector holds, the compiler makes of them what it can. */
+
+/* ---- plain loops: `width` channels from c on; a constant width keeps the sums in registers ---- */
+
+#define PATCH_BLOCK(width)                                                                \
+    for (int64_t h = 0; h < t->rows; h++)                                                 \
+        for (int64_t p = 0; p < t->pixels; p++) {                                         \
+            const int64_t at = h * t->x_row + p * t->x_step + c;                          \
+            int64_t wide[width];                                                          \
+            for (int i = 0; i < (width); i++) wide[i] = 0;                                \
+            for (int64_t first = 0; first < t->terms; first += 2 * t->chain) {            \
+                const int64_t end = first + 2 * t->chain;                                 \
+                int32_t acc[width];                                                       \
+                for (int i = 0; i < (width); i++) acc[i] = 0;                             \
+                for (int64_t k = first; k < end && k < t->terms; k++) {                   \
+                    const int16_t *x = t->x[k] + at, *w = t->w[k] + c;                    \
+                    for (int i = 0; i < (width); i++)                                     \
+                        acc[i] += (int32_t)x[i] * (int32_t)w[i];                          \
+                }                                                                         \
+                for (int i = 0; i < (width); i++) wide[i] += acc[i];                      \
+            }                                                                             \
+            float *y = t->y + h * t->y_row + p * t->y_step + c;                           \
+            for (int i = 0; i < (width); i++) y[i] = dfp_round(wide[i], t->scale);        \
+        }
+
+TARGET static void DFP_CAT(patch_plain__, ISA)(const dfp_patch *t) {
+    int64_t c = 0;
+    for (; c + 32 <= t->n; c += 32) PATCH_BLOCK(32)
+    for (; c + 8 <= t->n; c += 8) PATCH_BLOCK(8)
+    for (; c < t->n; c++) PATCH_BLOCK(1)
+}
+
+#undef PATCH_BLOCK
+
+#define DOTS_BLOCK(width)                                                                 \
+    for (int64_t k = 0; k < t->terms; k++) {                                              \
+        int64_t *sums = t->sums[k] + c;                                                   \
+        for (int64_t h = 0; h < t->rows; h++)                                             \
+            for (int64_t first = 0; first < t->pixels; first += 2 * t->chain) {           \
+                const int64_t end = first + 2 * t->chain;                                 \
+                int32_t acc[width];                                                       \
+                for (int i = 0; i < (width); i++) acc[i] = 0;                             \
+                for (int64_t p = first; p < end && p < t->pixels; p++) {                  \
+                    const int16_t *x = t->x[k] + h * t->x_row + p * t->x_step + c;        \
+                    const int16_t *dy = t->dy + h * t->y_row + p * t->y_step + c;         \
+                    for (int i = 0; i < (width); i++)                                     \
+                        acc[i] += (int32_t)x[i] * (int32_t)dy[i];                         \
+                }                                                                         \
+                for (int i = 0; i < (width); i++) sums[i] += acc[i];                      \
+            }                                                                             \
+    }
+
+TARGET static void DFP_CAT(dots_plain__, ISA)(const dfp_patch *t) {
+    int64_t c = 0;
+    for (; c + 32 <= t->n; c += 32) DOTS_BLOCK(32)
+    for (; c + 8 <= t->n; c += 8) DOTS_BLOCK(8)
+    for (; c < t->n; c++) DOTS_BLOCK(1)
+}
+
+#undef DOTS_BLOCK
+
+#ifndef V_ZIPLO
+
+TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
+    DFP_CAT(patch_plain__, ISA)(t);
+}
+
+TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
+    DFP_CAT(dots_plain__, ISA)(t);
+}
+
+#else
+
+/* ---- vectors of 2 * LANES channels; the last one may overlap the one before ------------------- */
+
+/* hi * 2**16 + lo takes the chain's sum over: gemm_tile.h. */
+#define CARRY(hi, lo)                                                                     \
+    do {                                                                                  \
+        hi = V_ADD(hi, V_SRA(lo, 16));                                                    \
+        lo = V_AND(lo, V_SET1(65535));                                                    \
+    } while (0)
+
+#define STORE_Y(p, f)                                                                     \
+    do {                                                                                  \
+        if (t->stream) F_STREAM(p, f);                                                    \
+        else F_STOREU(p, f);                                                              \
+    } while (0)
+
+/* All terms of `count` neighbouring pixels; with `carried`, over more than one chain. */
+#define SUM_PIXELS(count, carried)                                                        \
+    {                                                                                     \
+        VI acc[count][2], hi[count][2];                                                   \
+        UNROLL for (int i = 0; i < (count); i++)                                          \
+            acc[i][0] = acc[i][1] = hi[i][0] = hi[i][1] = V_ZERO();                       \
+        for (int64_t k = 0, chain = t->chain; k < t->terms; k += 2) {                     \
+            const int paired = k + 1 < t->terms;                                          \
+            const int16_t *x0 = t->x[k] + at, *x1 = paired ? t->x[k + 1] + at : x0;       \
+            const VI w0 = V_LOADU(t->w[k] + c);                                           \
+            const VI w1 = paired ? V_LOADU(t->w[k + 1] + c) : V_ZERO();                   \
+            const VI wa = V_ZIPLO(w0, w1), wb = V_ZIPHI(w0, w1);                          \
+            UNROLL for (int i = 0; i < (count); i++) {                                    \
+                const VI a = V_LOADU(x0 + i * t->x_step), b = V_LOADU(x1 + i * t->x_step); \
+                V_DOT(acc[i][0], V_ZIPLO(a, b), wa);                                      \
+                V_DOT(acc[i][1], V_ZIPHI(a, b), wb);                                      \
+            }                                                                             \
+            if ((carried) && --chain == 0) {                                              \
+                chain = t->chain;                                                         \
+                UNROLL for (int i = 0; i < (count); i++) {                                \
+                    CARRY(hi[i][0], acc[i][0]);                                           \
+                    CARRY(hi[i][1], acc[i][1]);                                           \
+                }                                                                         \
+            }                                                                             \
+        }                                                                                 \
+        UNROLL for (int i = 0; i < (count); i++) {                                        \
+            VF f[2];                                                                      \
+            UNROLL for (int j = 0; j < 2; j++)                                            \
+                if (carried) {                                                            \
+                    CARRY(hi[i][j], acc[i][j]);                                           \
+                    const VI r = V_OR(V_SLL(V_AND(hi[i][j], V_SET1(255)), 16), acc[i][j]); \
+                    f[j] = F_FMA(F_FROM(V_SRA(hi[i][j], 8)), F_SET1(16777216.0f),         \
+                                 F_FROM(r));                                              \
+                } else {                                                                  \
+                    f[j] = F_FROM(acc[i][j]);                                             \
+                }                                                                         \
+            STORE_Y(y + i * t->y_step, F_MUL(F_FIRST(f[0], f[1]), scale));                \
+            STORE_Y(y + i * t->y_step + LANES, F_MUL(F_SECOND(f[0], f[1]), scale));       \
+        }                                                                                 \
+    }
+
+#define PATCH(carried)                                                                    \
+    for (int64_t h = 0; h < t->rows; h++)                                                 \
+        for (int64_t p = 0; p < t->pixels; p += p + 4 <= t->pixels ? 4 : 1)               \
+            for (int64_t next = 0; next < t->n; next += 2 * LANES) {                      \
+                const int64_t c = next + 2 * LANES <= t->n ? next : t->n - 2 * LANES;     \
+                const int64_t at = h * t->x_row + p * t->x_step + c;                      \
+                float *y = t->y + h * t->y_row + p * t->y_step + c;                       \
+                if (p + 4 <= t->pixels) SUM_PIXELS(4, carried) else SUM_PIXELS(1, carried) \
+            }
+
+TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
+    const VF scale = F_SET1((float)t->scale);
+    if (t->careful || t->n < 2 * LANES) DFP_CAT(patch_plain__, ISA)(t);
+    else if ((t->terms + 1) / 2 <= t->chain) PATCH(0)
+    else PATCH(1)
+}
+
+#undef PATCH
+#undef SUM_PIXELS
+#undef STORE_Y
+
+/* `count` terms from k on, over all pixels, for the channels from c on. */
+#define DOT_TERMS(count)                                                                  \
+    {                                                                                     \
+        VI acc[count][2], hi[count][2];                                                   \
+        int64_t chain = t->chain;                                                         \
+        UNROLL for (int i = 0; i < (count); i++)                                          \
+            acc[i][0] = acc[i][1] = hi[i][0] = hi[i][1] = V_ZERO();                       \
+        for (int64_t h = 0; h < t->rows; h++) {                                           \
+            const int16_t *x[count], *dy = t->dy + h * t->y_row + c;                      \
+            UNROLL for (int i = 0; i < (count); i++) x[i] = t->x[k + i] + h * t->x_row + c; \
+            int64_t at = 0;                                                               \
+            for (int64_t p = 0; p < t->pixels; p += 2) {                                  \
+                const int paired = p + 1 < t->pixels;                                     \
+                const VI d0 = V_LOADU(dy);                                                \
+                const VI d1 = paired ? V_LOADU(dy + t->y_step) : V_ZERO();                \
+                const VI da = V_ZIPLO(d0, d1), db = V_ZIPHI(d0, d1);                      \
+                const int64_t second = paired ? t->x_step : 0;                            \
+                UNROLL for (int i = 0; i < (count); i++) {                                \
+                    const VI a = V_LOADU(x[i] + at), b = V_LOADU(x[i] + at + second);     \
+                    V_DOT(acc[i][0], V_ZIPLO(a, b), da);                                  \
+                    V_DOT(acc[i][1], V_ZIPHI(a, b), db);                                  \
+                }                                                                         \
+                dy += 2 * t->y_step;                                                      \
+                at += 2 * t->x_step;                                                      \
+                if (--chain == 0) {                                                       \
+                    chain = t->chain;                                                     \
+                    UNROLL for (int i = 0; i < (count); i++) {                            \
+                        CARRY(hi[i][0], acc[i][0]);                                       \
+                        CARRY(hi[i][1], acc[i][1]);                                       \
+                    }                                                                     \
+                }                                                                         \
+            }                                                                             \
+        }                                                                                 \
+        UNROLL for (int i = 0; i < (count); i++) {                                        \
+            int32_t low[2 * LANES], high[2 * LANES];                                      \
+            V_STOREU(low, V_FIRST(acc[i][0], acc[i][1]));                                 \
+            V_STOREU(low + LANES, V_SECOND(acc[i][0], acc[i][1]));                        \
+            V_STOREU(high, V_FIRST(hi[i][0], hi[i][1]));                                  \
+            V_STOREU(high + LANES, V_SECOND(hi[i][0], hi[i][1]));                         \
+            int64_t *sums = t->sums[k + i] + c;                                           \
+            for (int j = 0; j < 2 * LANES; j++)                                           \
+                if (c + j >= next) sums[j] += (int64_t)high[j] * 65536 + low[j];          \
+        }                                                                                 \
+    }
+
+TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
+    if (t->n < 2 * LANES) {
+        DFP_CAT(dots_plain__, ISA)(t);
+        return;
+    }
+    for (int64_t next = 0; next < t->n; next += 2 * LANES) {
+        const int64_t c = next + 2 * LANES <= t->n ? next : t->n - 2 * LANES;
+        int64_t k = 0;
+        for (; k + 3 <= t->terms; k += 3) DOT_TERMS(3)
+        for (; k < t->terms; k++) DOT_TERMS(1)
+    }
+}
+
+#undef DOT_TERMS
+#undef CARRY
+
+#endif
