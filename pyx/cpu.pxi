@@ -14,8 +14,8 @@ cdef extern from "microkernels/table.h" nogil:
         bint stream
     ctypedef struct dfp_patch:
         const int16_t** x
-        int64_t terms, n, rows, pixels
-        int64_t x_row, x_step, y_row, y_step
+        int64_t terms, n, items, rows, pixels
+        int64_t x_item, x_row, x_step, y_item, y_row, y_step
         int64_t chain
         const int16_t** w
         float* y

@@ -5,7 +5,8 @@
 
 cdef enum:
     DW_BLOCK = 262144       # bytes a task reads and writes, about: they stay in a core's cache
-    DW_DOTS = 65536         # pixels of a weight gradient summed by one call, at most
+    DW_PIXELS = 512         # of a weight gradient that a task sums up, about, at least,
+    DW_DOTS = 65536         # and at most in one call
     DW_TERMS = 1024         # of them in spill mode,
     DW_CHANNELS = 256       # and channels computed by one task
 
@@ -36,7 +37,8 @@ cdef struct Depthwise:
     int64_t phases[3]
     int64_t image[3]            # and the image that it reaches
     int64_t step[3]
-    int64_t rows, blocks        # of the grid in a task; tasks of one image
+    int64_t rows, items         # of the grid in a task: rows, or whole images,
+    int64_t blocks              # and how many tasks make an image
     int64_t limit               # products that an int32 can hold, in spill mode
     bint by_terms               # spill: more than one chain, or subnormal results
     bint careful, stream
@@ -76,14 +78,16 @@ cdef void depthwise_plan(Depthwise* z, Conv* v, Pass which, const int16_t* a,
     bytes = volume(z.positions) * z.row * sizeof(float)
     z.stream = (v.batch * bytes >= STREAM and z.row % 16 == 0 and <int64_t>out % ALIGN == 0)
 
-    # A block of rows, and at least two of them per thread where there are so many rows.
-    n = max(v.batch * z.positions[0], <int64_t>1)
+    # A task is a block of rows or some small images, but there are two for each thread.
     bytes = (bytes + volume(z.image) * z.row * z.per_tap * sizeof(int16_t)) // max(
         z.positions[0] * z.positions[1], <int64_t>1)
-    z.rows = clamp(DW_BLOCK // max(bytes, <int64_t>1), 1, max(z.positions[1], <int64_t>1))
-    while z.rows > 1 and n * ((z.positions[1] + z.rows - 1) // z.rows) < 2 * z.threads:
-        z.rows = (z.rows + 1) // 2
+    n = DW_BLOCK // max(bytes, <int64_t>1)
+    if which == WEIGHT_GRADIENT:
+        n = max(n, DW_PIXELS // max(z.positions[2], <int64_t>1))
+    n = min(n, v.batch * z.positions[0] * z.positions[1] // (2 * z.threads))
+    z.rows = clamp(n, 1, max(z.positions[1], <int64_t>1))
     z.blocks = (z.positions[1] + z.rows - 1) // z.rows
+    z.items = clamp(n // z.rows, 1, v.batch) if z.positions[0] == z.blocks == 1 else 1
 
     if z.multiplier > 1:
         if back:
@@ -105,6 +109,10 @@ cdef void depthwise_plan(Depthwise* z, Conv* v, Pass which, const int16_t* a,
 cdef inline int64_t depthwise_bytes(Depthwise* z) noexcept nogil:
     return (z.a_spread + z.b_spread + z.span_bytes + z.threads * (z.sum_bytes + z.task_bytes)
             + ALIGN)
+
+
+cdef inline int64_t depthwise_tasks(Depthwise* z) noexcept nogil:
+    return (z.conv.batch + z.items - 1) // z.items * z.positions[0] * z.blocks
 
 
 cdef void depthwise_run(Depthwise* z, char* scratch) noexcept nogil:
@@ -130,13 +138,13 @@ cdef void depthwise_run(Depthwise* z, char* scratch) noexcept nogil:
     z.sums = z.scratch
     z.scratch += z.threads * z.sum_bytes
     if z.which != WEIGHT_GRADIENT:
-        parallel_for(depthwise_task, z, v.batch * z.positions[0] * z.blocks, z.threads)
+        parallel_for(depthwise_task, z, depthwise_tasks(z), z.threads)
     elif v.spill:
         parallel_for(spilled_weight_task, z,
                      z.taps * ((z.row + DW_CHANNELS - 1) // DW_CHANNELS), z.threads)
     else:
         memset(z.sums, 0, z.threads * z.sum_bytes)
-        parallel_for(depthwise_task, z, v.batch * z.positions[0] * z.blocks, z.threads)
+        parallel_for(depthwise_task, z, depthwise_tasks(z), z.threads)
         parallel_for(add_sums_task, z, z.taps, z.threads if z.taps * z.row > SMALL else 1)
 
 
@@ -190,7 +198,7 @@ cdef inline int64_t patch_end(const Span* s, int64_t kernel_size, int64_t j,
 
 # A patch on the grid: along each axis its phase, and j from `first`; one position deep.
 cdef struct Patch:
-    int64_t item
+    int64_t item, items
     int64_t phase[3]
     int64_t first[3]
     int64_t rows, pixels
@@ -205,7 +213,8 @@ cdef void depthwise_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef const Span* columns
     cdef int64_t r0 = i % z.blocks * z.rows, r1 = min(r0 + z.rows, z.positions[1])
     cdef int64_t depth = i // z.blocks % z.positions[0], rows_end, columns_end
-    at.item = i // z.blocks // z.positions[0]
+    at.item = i // z.blocks // z.positions[0] * z.items
+    at.items = min(z.items, v.batch - at.item)
     at.phase[0], at.first[0] = depth % z.stride[0], depth // z.stride[0]
     for at.phase[1] in range(z.phases[1]):
         rows = z.spans[1] + at.phase[1] * v.kernel[1]
@@ -221,7 +230,7 @@ cdef void depthwise_task(void* work, int64_t i, int thread) noexcept nogil:
                     at.pixels = patch_end(columns, v.kernel[2], at.first[2],
                                           columns_end) - at.first[2]
                     if z.which == WEIGHT_GRADIENT:
-                        at.pixels = min(at.pixels, max(DW_DOTS // at.rows, <int64_t>1))
+                        at.pixels = min(at.pixels, max(DW_DOTS // (at.rows * at.items), <int64_t>1))
                     run_patch(z, &at, thread)
                     at.first[2] += at.pixels
             at.first[1] += at.rows
@@ -265,11 +274,14 @@ cdef void run_patch(Depthwise* z, const Patch* at, int thread) noexcept nogil:
     grid = at.item * z.positions[0] + at.phase[0] + at.first[0] * z.stride[0]
     grid = grid * z.positions[1] + at.phase[1] + at.first[1] * z.stride[1]
     grid = grid * z.positions[2] + at.phase[2] + at.first[2] * z.stride[2]
-    t.x, t.w, t.sums, t.n, t.rows, t.pixels = x, w, sums, z.row, at.rows, at.pixels
+    t.x, t.w, t.sums, t.n = x, w, sums, z.row
+    t.items, t.rows, t.pixels = at.items, at.rows, at.pixels
     t.x_step = z.step[2] * z.per_tap * z.row
     t.x_row = z.step[1] * z.image[2] * z.per_tap * z.row
+    t.x_item = volume(z.image) * z.per_tap * z.row
     t.y_step = z.stride[2] * z.row
     t.y_row = z.stride[1] * z.positions[2] * z.row
+    t.y_item = volume(z.positions) * z.row
     t.chain = safe_chain(v.a_bits, v.b_bits, 65535) // 2
     t.scale, t.careful, t.stream = scale_of(v.exponent), z.careful, z.stream
     if z.which == WEIGHT_GRADIENT:
@@ -292,17 +304,19 @@ cdef void run_patch(Depthwise* z, const Patch* at, int thread) noexcept nogil:
 
 cdef void spill_patch(Depthwise* z, const dfp_patch* t, const int16_t** x) noexcept nogil:
     """Pixel by pixel; `x` is room for its terms."""
-    cdef int64_t h, p, k
+    cdef int64_t m, h, p, k, pixel
     cdef dfp_terms terms
     terms.x, terms.w, terms.terms, terms.n = x, t.w, t.terms, t.n
     terms.segment = t.terms if z.conv.depthwise else z.per_tap
     terms.chain, terms.resume, terms.sums, terms.scale = z.limit, False, NULL, t.scale
-    for h in range(t.rows):
-        for p in range(t.pixels):
-            for k in range(t.terms):
-                x[k] = t.x[k] + h * t.x_row + p * t.x_step if t.x[k] != NULL else NULL
-            terms.y = t.y + h * t.y_row + p * t.y_step
-            kernel.depthwise_spill(&terms)
+    for m in range(t.items):
+        for h in range(t.rows):
+            for p in range(t.pixels):
+                pixel = m * t.x_item + h * t.x_row + p * t.x_step
+                for k in range(t.terms):
+                    x[k] = t.x[k] + pixel if t.x[k] != NULL else NULL
+                terms.y = t.y + m * t.y_item + h * t.y_row + p * t.y_step
+                kernel.depthwise_spill(&terms)
 
 
 cdef void add_sums_task(void* work, int64_t tap, int thread) noexcept nogil:

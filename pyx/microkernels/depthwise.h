@@ -5,62 +5,85 @@
 
 /* ---- plain loops: `width` channels from c on; a constant width keeps the sums in registers ---- */
 
-#define PATCH_BLOCK(width)                                                                \
-    for (int64_t h = 0; h < t->rows; h++)                                                 \
-        for (int64_t p = 0; p < t->pixels; p++) {                                         \
-            const int64_t at = h * t->x_row + p * t->x_step + c;                          \
-            int64_t wide[width];                                                          \
-            for (int i = 0; i < (width); i++) wide[i] = 0;                                \
-            for (int64_t first = 0; first < t->terms; first += 2 * t->chain) {            \
-                const int64_t end = first + 2 * t->chain;                                 \
-                int32_t acc[width];                                                       \
-                for (int i = 0; i < (width); i++) acc[i] = 0;                             \
-                for (int64_t k = first; k < end && k < t->terms; k++) {                   \
-                    const int16_t *x = t->x[k] + at, *w = t->w[k] + c;                    \
-                    for (int i = 0; i < (width); i++)                                     \
-                        acc[i] += (int32_t)x[i] * (int32_t)w[i];                          \
-                }                                                                         \
-                for (int i = 0; i < (width); i++) wide[i] += acc[i];                      \
+#define EACH for (int i = 0; i < width; i++)
+
+/* `whole`: all terms are one chain, and nothing is subnormal. */
+#define PATCH_BLOCK(whole)                                                                \
+    {                                                                                     \
+        int64_t wide[width];                                                              \
+        int32_t acc[width];                                                               \
+        EACH wide[i] = 0;                                                                 \
+        EACH acc[i] = 0;                                                                  \
+        for (int64_t k = 0; k < t->terms; k++) {                                          \
+            const int16_t *x = t->x[k] + at, *w = t->w[k] + c;                            \
+            EACH acc[i] += (int32_t)x[i] * (int32_t)w[i];                                 \
+            if (!(whole) && (k + 1) % (2 * t->chain) == 0) {                              \
+                EACH wide[i] += acc[i];                                                   \
+                EACH acc[i] = 0;                                                          \
             }                                                                             \
-            float *y = t->y + h * t->y_row + p * t->y_step + c;                           \
-            for (int i = 0; i < (width); i++) y[i] = dfp_round(wide[i], t->scale);        \
-        }
+        }                                                                                 \
+        if (whole) EACH y[i] = (float)acc[i] * scale;                                     \
+        else EACH y[i] = dfp_round(wide[i] + acc[i], t->scale);                           \
+    }
+
+#define PATCH_WIDTH(size)                                                                 \
+    for (; c + (size) <= t->n; c += (size)) {                                             \
+        enum { width = size };                                                            \
+        FOR_ITEMS_AND_ROWS                                                                \
+            for (int64_t p = 0; p < t->pixels; p++) {                                     \
+                const int64_t at = m * t->x_item + h * t->x_row + p * t->x_step + c;      \
+                float *y = t->y + m * t->y_item + h * t->y_row + p * t->y_step + c;       \
+                if (whole) PATCH_BLOCK(1) else PATCH_BLOCK(0)                             \
+            }                                                                             \
+    }
+
+#define FOR_ITEMS_AND_ROWS                                                                \
+    for (int64_t m = 0; m < t->items; m++)                                                \
+        for (int64_t h = 0; h < t->rows; h++)
 
 TARGET static void DFP_CAT(patch_plain__, ISA)(const dfp_patch *t) {
+    const int whole = !t->careful && t->terms <= 2 * t->chain;
+    const float scale = (float)t->scale;
     int64_t c = 0;
-    for (; c + 32 <= t->n; c += 32) PATCH_BLOCK(32)
-    for (; c + 8 <= t->n; c += 8) PATCH_BLOCK(8)
-    for (; c < t->n; c++) PATCH_BLOCK(1)
+    PATCH_WIDTH(32)
+    PATCH_WIDTH(8)
+    PATCH_WIDTH(1)
 }
 
+#undef PATCH_WIDTH
 #undef PATCH_BLOCK
 
-#define DOTS_BLOCK(width)                                                                 \
-    for (int64_t k = 0; k < t->terms; k++) {                                              \
-        int64_t *sums = t->sums[k] + c;                                                   \
-        for (int64_t h = 0; h < t->rows; h++)                                             \
-            for (int64_t first = 0; first < t->pixels; first += 2 * t->chain) {           \
-                const int64_t end = first + 2 * t->chain;                                 \
-                int32_t acc[width];                                                       \
-                for (int i = 0; i < (width); i++) acc[i] = 0;                             \
-                for (int64_t p = first; p < end && p < t->pixels; p++) {                  \
-                    const int16_t *x = t->x[k] + h * t->x_row + p * t->x_step + c;        \
-                    const int16_t *dy = t->dy + h * t->y_row + p * t->y_step + c;         \
-                    for (int i = 0; i < (width); i++)                                     \
-                        acc[i] += (int32_t)x[i] * (int32_t)dy[i];                         \
+#define DOTS_WIDTH(size)                                                                  \
+    for (; c + (size) <= t->n; c += (size)) {                                             \
+        enum { width = size };                                                            \
+        for (int64_t k = 0; k < t->terms; k++) {                                          \
+            int64_t *sums = t->sums[k] + c;                                               \
+            FOR_ITEMS_AND_ROWS {                                                          \
+                const int16_t *x = t->x[k] + m * t->x_item + h * t->x_row + c;            \
+                const int16_t *dy = t->dy + m * t->y_item + h * t->y_row + c;             \
+                for (int64_t p = 0; p < t->pixels;) {                                     \
+                    int32_t acc[width];                                                   \
+                    EACH acc[i] = 0;                                                      \
+                    for (int64_t left = 2 * t->chain; left && p < t->pixels; left--, p++) { \
+                        EACH acc[i] += (int32_t)x[i] * (int32_t)dy[i];                    \
+                        x += t->x_step;                                                   \
+                        dy += t->y_step;                                                  \
+                    }                                                                     \
+                    EACH sums[i] += acc[i];                                               \
                 }                                                                         \
-                for (int i = 0; i < (width); i++) sums[i] += acc[i];                      \
             }                                                                             \
+        }                                                                                 \
     }
 
 TARGET static void DFP_CAT(dots_plain__, ISA)(const dfp_patch *t) {
     int64_t c = 0;
-    for (; c + 32 <= t->n; c += 32) DOTS_BLOCK(32)
-    for (; c + 8 <= t->n; c += 8) DOTS_BLOCK(8)
-    for (; c < t->n; c++) DOTS_BLOCK(1)
+    DOTS_WIDTH(32)
+    DOTS_WIDTH(8)
+    DOTS_WIDTH(1)
 }
 
-#undef DOTS_BLOCK
+#undef DOTS_WIDTH
+#undef EACH
 
 #ifndef V_ZIPLO
 
@@ -89,6 +112,9 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
         else F_STOREU(p, f);                                                              \
     } while (0)
 
+/* Stays in a register: gcc 12 would load it once for each use. */
+#define LOADED(v) __asm__("" : "+" V_REGISTER(v))
+
 /* All terms of `count` neighbouring pixels; with `carried`, over more than one chain. */
 #define SUM_PIXELS(count, carried)                                                        \
     {                                                                                     \
@@ -102,7 +128,9 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
             const VI w1 = paired ? V_LOADU(t->w[k + 1] + c) : V_ZERO();                   \
             const VI wa = V_ZIPLO(w0, w1), wb = V_ZIPHI(w0, w1);                          \
             UNROLL for (int i = 0; i < (count); i++) {                                    \
-                const VI a = V_LOADU(x0 + i * t->x_step), b = V_LOADU(x1 + i * t->x_step); \
+                VI a = V_LOADU(x0 + i * t->x_step), b = V_LOADU(x1 + i * t->x_step);       \
+                LOADED(a);                                                                \
+                LOADED(b);                                                                \
                 V_DOT(acc[i][0], V_ZIPLO(a, b), wa);                                      \
                 V_DOT(acc[i][1], V_ZIPHI(a, b), wb);                                      \
             }                                                                             \
@@ -131,12 +159,12 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
     }
 
 #define PATCH(carried)                                                                    \
-    for (int64_t h = 0; h < t->rows; h++)                                                 \
+    FOR_ITEMS_AND_ROWS                                                                    \
         for (int64_t p = 0; p < t->pixels; p += p + 4 <= t->pixels ? 4 : 1)               \
             for (int64_t next = 0; next < t->n; next += 2 * LANES) {                      \
                 const int64_t c = next + 2 * LANES <= t->n ? next : t->n - 2 * LANES;     \
-                const int64_t at = h * t->x_row + p * t->x_step + c;                      \
-                float *y = t->y + h * t->y_row + p * t->y_step + c;                       \
+                const int64_t at = m * t->x_item + h * t->x_row + p * t->x_step + c;      \
+                float *y = t->y + m * t->y_item + h * t->y_row + p * t->y_step + c;       \
                 if (p + 4 <= t->pixels) SUM_PIXELS(4, carried) else SUM_PIXELS(1, carried) \
             }
 
@@ -158,10 +186,10 @@ TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
         int64_t chain = t->chain;                                                         \
         UNROLL for (int i = 0; i < (count); i++)                                          \
             acc[i][0] = acc[i][1] = hi[i][0] = hi[i][1] = V_ZERO();                       \
-        for (int64_t h = 0; h < t->rows; h++) {                                           \
-            const int16_t *x[count], *dy = t->dy + h * t->y_row + c;                      \
-            UNROLL for (int i = 0; i < (count); i++) x[i] = t->x[k + i] + h * t->x_row + c; \
-            int64_t at = 0;                                                               \
+        FOR_ITEMS_AND_ROWS {                                                              \
+            const int16_t *x[count], *dy = t->dy + m * t->y_item + h * t->y_row + c;      \
+            UNROLL for (int i = 0; i < (count); i++) x[i] = t->x[k + i] + c;              \
+            int64_t at = m * t->x_item + h * t->x_row;                                                               \
             for (int64_t p = 0; p < t->pixels; p += 2) {                                  \
                 const int paired = p + 1 < t->pixels;                                     \
                 const VI d0 = V_LOADU(dy);                                                \
@@ -169,7 +197,9 @@ TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
                 const VI da = V_ZIPLO(d0, d1), db = V_ZIPHI(d0, d1);                      \
                 const int64_t second = paired ? t->x_step : 0;                            \
                 UNROLL for (int i = 0; i < (count); i++) {                                \
-                    const VI a = V_LOADU(x[i] + at), b = V_LOADU(x[i] + at + second);     \
+                    VI a = V_LOADU(x[i] + at), b = V_LOADU(x[i] + at + second);           \
+                    LOADED(a);                                                            \
+                    LOADED(b);                                                            \
                     V_DOT(acc[i][0], V_ZIPLO(a, b), da);                                  \
                     V_DOT(acc[i][1], V_ZIPHI(a, b), db);                                  \
                 }                                                                         \
@@ -191,8 +221,12 @@ TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
             V_STOREU(high, V_FIRST(hi[i][0], hi[i][1]));                                  \
             V_STOREU(high + LANES, V_SECOND(hi[i][0], hi[i][1]));                         \
             int64_t *sums = t->sums[k + i] + c;                                           \
-            for (int j = 0; j < 2 * LANES; j++)                                           \
-                if (c + j >= next) sums[j] += (int64_t)high[j] * 65536 + low[j];          \
+            if (c == next)                                                                \
+                for (int j = 0; j < 2 * LANES; j++)                                       \
+                    sums[j] += (int64_t)high[j] * 65536 + low[j];                         \
+            else                                                                          \
+                for (int64_t j = next - c; j < 2 * LANES; j++)                            \
+                    sums[j] += (int64_t)high[j] * 65536 + low[j];                         \
         }                                                                                 \
     }
 
@@ -211,5 +245,8 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
 
 #undef DOT_TERMS
 #undef CARRY
+#undef LOADED
 
 #endif
+
+#undef FOR_ITEMS_AND_ROWS

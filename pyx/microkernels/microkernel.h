@@ -41,20 +41,20 @@ typedef struct {
 } dfp_tile;
 
 /* What a depthwise convolution does with a patch of pixels that the same kernel positions reach:
- * products of int16 rows, channel by channel, 0 <= c < n. Term k of pixel (h, p) reads the row at
- * x[k] + h * x_row + p * x_step. A chain of `chain` pairs of terms (`dots`: of pixels) sums to no
+ * products of int16 rows, channel by channel, 0 <= c < n. Term k of pixel (h, p) of item m (an image)
+ * reads the row at x[k] + m * x_item + h * x_row + p * x_step. A chain of `chain` pairs of terms (`dots`: of pixels) sums to no
  * more than 2**31 - 1 - 65535 in magnitude.
  *
- * patch: y[h * y_row + p * y_step + c] = RN32(scale * sum over k of x[k][..][c] * w[k][c]); scale
+ * patch: y[m * y_item + h * y_row + p * y_step + c] = RN32(scale * sum over k of x[k][..][c] * w[k][c]); scale
  *        is a power of two. Unless `careful`, |sum| < 2**47, and neither scale nor a nonzero result
  *        is subnormal. With `stream`, y, its steps and n are multiples of 64 bytes, and the stores
  *        may go past the caches.
- * dots:  sums[k][c] += sum over h, p of x[k][..][c] * dy[h * y_row + p * y_step + c]; a call adds
- *        less than 2**47. */
+ * dots:  sums[k][c] += sum over m, h, p of x[k][..][c] * dy[m * y_item + ..+ c]; a call adds less
+ *        than 2**47. */
 typedef struct {
     const int16_t **x;
-    int64_t terms, n, rows, pixels;
-    int64_t x_row, x_step, y_row, y_step;
+    int64_t terms, n, items, rows, pixels;
+    int64_t x_item, x_row, x_step, y_item, y_row, y_step;
     int64_t chain;
     const int16_t **w;
     float *y;
