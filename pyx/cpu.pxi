@@ -70,7 +70,10 @@ cdef extern from "microkernels/table.h" nogil:
         void (*exact)(const dfp_tile*) noexcept nogil
         void (*spill)(const dfp_tile*) noexcept nogil
         uint32_t (*absmax_bits)(const float*, int64_t) noexcept nogil
-        void (*quantize)(const float*, int64_t, float, float, float, bint, int16_t*) noexcept nogil
+        void (*quantize)(const float*, int64_t, float, float, float, bint, bint,
+                         int16_t*) noexcept nogil
+        void (*stochastic)(const float*, int64_t, int64_t, double, double, const uint32_t*,
+                           uint64_t, int16_t*) noexcept nogil
         void (*interleave)(const int16_t*, const int16_t*, int64_t, int, int64_t,
                            int16_t*) noexcept nogil
         void (*depthwise_patch)(const dfp_patch*) noexcept nogil

@@ -5,6 +5,7 @@
 
 cdef enum:
     DW_BLOCK = 262144       # bytes a task reads and writes, about: they stay in a core's cache
+    DW_STREAM = 4194304     # bytes of a result that is written past the caches
     DW_PIXELS = 512         # of a weight gradient that a task sums up, about, at least,
     DW_DOTS = 65536         # and at most in one call
     DW_TERMS = 1024         # of them in spill mode,
@@ -76,7 +77,7 @@ cdef void depthwise_plan(Depthwise* z, Conv* v, Pass which, const int16_t* a,
     z.by_terms = v.spill and (
         z.careful or z.terms > z.limit or (z.taps > 1 and not v.depthwise))
     bytes = volume(z.positions) * z.row * sizeof(float)
-    z.stream = (v.batch * bytes >= STREAM and z.row % 16 == 0 and <int64_t>out % ALIGN == 0)
+    z.stream = (v.batch * bytes >= DW_STREAM and z.row % 16 == 0 and <int64_t>out % ALIGN == 0)
 
     # A task is a block of rows or some small images, but there are two for each thread.
     bytes = (bytes + volume(z.image) * z.row * z.per_tap * sizeof(int16_t)) // max(

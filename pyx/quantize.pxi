@@ -1,8 +1,5 @@
 # float32 -> (mantissas, exponent) and back: numerics.md, "Quantise".
 
-cdef extern from "philox.h" nogil:
-    void dfp_philox(const uint32_t* counter, const uint32_t* key, uint32_t* out) noexcept
-
 cdef enum Rounding:
     NEAREST
     TRUNCATE
@@ -25,6 +22,7 @@ cdef struct Quantize:
     int16_t* q
     # The state of a run.
     int64_t chunk
+    bint stream
     uint32_t most[QUANTIZE_CHUNKS]
 
 
@@ -46,30 +44,12 @@ cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef int power = <int>max(-252, min(252, -z.exponent))
     cdef int power1 = max(-126, min(126, power))
     if z.rounding == STOCHASTIC:
-        round_stochastic(z, first, n, ldexp(1.0, power))
+        kernel.stochastic(z.x + first, n, first, ldexp(1.0, power), qmax_of(z.bits), z.key,
+                          z.step, z.q + first)
     else:
         kernel.quantize(z.x + first, n, <float>ldexp(1.0, power1),
                         <float>ldexp(1.0, power - power1), <float>qmax_of(z.bits),
-                        z.rounding == TRUNCATE, z.q + first)
-
-
-cdef void round_stochastic(Quantize* z, int64_t first, int64_t n, double factor) noexcept nogil:
-    """q = floor(x * 2**-e + u); u has 24 bits, so that the sum below is exact where it matters:
-    within 2**-24 of an integer a double holds every bit of it."""
-    cdef int64_t i
-    cdef double v
-    cdef double qmax = qmax_of(z.bits)
-    cdef uint32_t counter[4]
-    cdef uint32_t words[4]
-    counter[2] = <uint32_t>z.step
-    counter[3] = <uint32_t>(z.step >> 32)
-    for i in range(first, first + n):
-        if i == first or i % 4 == 0:
-            counter[0] = <uint32_t>(i // 4)
-            counter[1] = <uint32_t>((i // 4) >> 32)
-            dfp_philox(counter, z.key, words)
-        v = floor(z.x[i] * factor + (words[i % 4] >> 8) * 5.9604644775390625e-08)
-        z.q[i] = <int16_t>max(-qmax, min(qmax, v))
+                        z.rounding == TRUNCATE, z.stream, z.q + first)
 
 
 cdef int32_t quantize(Quantize* z) noexcept nogil:
@@ -80,6 +60,7 @@ cdef int32_t quantize(Quantize* z) noexcept nogil:
     z.chunk = max(<int64_t>QUANTIZE_CHUNK, (z.n + QUANTIZE_CHUNKS - 1) // QUANTIZE_CHUNKS)
     z.chunk = (z.chunk + 1023) // 1024 * 1024
     chunks = (z.n + z.chunk - 1) // z.chunk
+    z.stream = z.n * sizeof(int16_t) >= STREAM and <int64_t>z.q % ALIGN == 0
     parallel_for(absmax_task, z, chunks, threads)
     for i in range(chunks):
         most = max(most, z.most[i])

@@ -11,9 +11,9 @@ TARGET static uint32_t DFP_CAT(absmax_bits__, ISA)(const float *x, int64_t n) {
     return most;
 }
 
-TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, float factor,
-                                                    float factor2, float qmax, int truncate,
-                                                    int16_t *q) {
+TARGET static inline void DFP_CAT(quantize_block__, ISA)(const float *x, int64_t n, float factor,
+                                                         float factor2, float qmax, int truncate,
+                                                         int16_t *q) {
     /* Adding and subtracting 1.5 * 2**23 rounds to nearest-even below 2**22. */
     const float magic = truncate ? 0.0f : 12582912.0f;
     for (int64_t i = 0; i < n; i++) {
@@ -24,6 +24,76 @@ TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, f
         q[i] = (int16_t)(int32_t)v;
     }
 }
+
+TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, float factor,
+                                                    float factor2, float qmax, int truncate,
+                                                    int stream, int16_t *q) {
+    int64_t i = 0;
+#ifdef F_STREAM
+    enum { BLOCK = 2048 };
+    _Alignas(64) int16_t block[BLOCK];
+    for (; stream && i + BLOCK <= n; i += BLOCK) {
+        DFP_CAT(quantize_block__, ISA)(x + i, BLOCK, factor, factor2, qmax, truncate, block);
+        for (int k = 0; k < BLOCK; k += 2 * LANES)
+            F_STREAM((float *)(q + i + k), F_LOADU((const float *)(block + k)));
+    }
+#endif
+    DFP_CAT(quantize_block__, ISA)(x + i, n - i, factor, factor2, qmax, truncate, q + i);
+}
+
+/* So many that the compiler makes vectors of the loop rather than unrolling it. */
+#define COUNTERS 64
+
+/* Philox4x32-10 (Salmon et al., 2011), counter-based noise: four words for each of the counters
+ * `first` to `first` + COUNTERS - 1 with `step`. */
+TARGET static inline void DFP_CAT(philox__, ISA)(uint64_t first, uint64_t step,
+                                                 const uint32_t *key, uint32_t words[4][COUNTERS]) {
+    uint32_t *c0 = words[0], *c1 = words[1], *c2 = words[2], *c3 = words[3];
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int i = 0; i < COUNTERS; i++) {
+        c0[i] = (uint32_t)(first + i), c1[i] = (uint32_t)((first + i) >> 32);
+        c2[i] = (uint32_t)step, c3[i] = (uint32_t)(step >> 32);
+    }
+    for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < COUNTERS; i++) {
+            const uint64_t p0 = (uint64_t)0xD2511F53u * c0[i], p1 = (uint64_t)0xCD9E8D57u * c2[i];
+            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = (uint32_t)p1;
+            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = (uint32_t)p0;
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+TARGET static void DFP_CAT(stochastic_f32_s16__, ISA)(const float *x, int64_t n, int64_t index,
+                                                      double factor, double qmax,
+                                                      const uint32_t *key, uint64_t step,
+                                                      int16_t *q) {
+    enum { BLOCK = 4 * COUNTERS };
+    uint32_t words[4][COUNTERS], noise[BLOCK];
+    float in[BLOCK] = {0};
+    int16_t out[BLOCK];
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        const int64_t left = n - at < BLOCK ? n - at : BLOCK;
+        DFP_CAT(philox__, ISA)((uint64_t)(index + at) / 4, step, key, words);
+        for (int i = 0; i < COUNTERS; i++)
+            for (int w = 0; w < 4; w++) noise[4 * i + w] = words[w][i];
+        memcpy(in, x + at, left * sizeof *in);
+        /* The noise has 24 bits, so the sum is exact where it matters: within 2**-24 of an integer
+         * a double holds every bit of it. */
+        for (int i = 0; i < BLOCK; i++) {
+            double v = in[i] * factor + (int32_t)(noise[i] >> 8) * 5.9604644775390625e-08;
+            v = v < qmax ? v : qmax;
+            v = v > -qmax ? v : -qmax;
+            out[i] = (int16_t)(int32_t)__builtin_floor(v);
+        }
+        memcpy(q + at, out, left * sizeof *out);
+    }
+}
+
+#undef COUNTERS
 
 #define INTERLEAVE(MR_)                                                          \
     for (; c + MR_ <= n; c += MR_, out += panel)                                 \
@@ -89,5 +159,6 @@ TARGET static void DFP_CAT(depthwise_spill__, ISA)(const dfp_terms *t) {
 /* Their part of a dfp_kernel. */
 #define DFP_LOOPS                                                                        \
     DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),                       \
+        DFP_CAT(stochastic_f32_s16__, ISA),                                              \
         DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_patch__, ISA),                 \
         DFP_CAT(depthwise_dots__, ISA), DFP_CAT(depthwise_spill__, ISA)

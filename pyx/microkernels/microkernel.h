@@ -170,9 +170,14 @@ typedef struct {
     /* The largest bit pattern of |x[i]|: at least 0x7f800000 if there is a NaN or an Inf. */
     uint32_t (*absmax_bits)(const float *x, int64_t n);
     /* q[i] = clamp(round(x[i] * 2**-e), -qmax, qmax), nearest-even or toward zero; -e is the sum
-     * of the exponents of the two factors. */
+     * of the exponents of the two factors. With `stream`, q is 64-byte aligned, and the stores
+     * may go past the caches. */
     void (*quantize)(const float *x, int64_t n, float factor, float factor2, float qmax,
-                     int truncate, int16_t *q);
+                     int truncate, int stream, int16_t *q);
+    /* q[i] = clamp(floor(x[i] * factor + u), -qmax, qmax), u the noise (docs/numerics.md) of element
+     * index + i; index is a multiple of 4. */
+    void (*stochastic)(const float *x, int64_t n, int64_t index, double factor, double qmax,
+                       const uint32_t *key, uint64_t step, int16_t *q);
     /* out[c / mr][..][c % mr][0, 1] = p[c], q[c]: pairs for panels of mr, `panel` elements apart.
      * The last panel is filled with zeros. */
     void (*interleave)(const int16_t *p, const int16_t *q, int64_t n, int mr, int64_t panel,
