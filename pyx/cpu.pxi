@@ -79,6 +79,8 @@ cdef extern from "microkernels/table.h" nogil:
         void (*depthwise_patch)(const dfp_patch*) noexcept nogil
         void (*depthwise_dots)(const dfp_patch*) noexcept nogil
         void (*depthwise_spill)(const dfp_terms*) noexcept nogil
+        void (*statistics)(const float*, int64_t, int64_t, double*, float*) noexcept nogil
+        void (*add_rows)(const double*, int64_t, int64_t, int64_t, double*) noexcept nogil
         int64_t (*peak)(int64_t) noexcept nogil
         const dfp_digits* digits
     ctypedef struct dfp_isa:

@@ -185,6 +185,11 @@ typedef struct {
     void (*depthwise_patch)(const dfp_patch *);
     void (*depthwise_dots)(const dfp_patch *);
     void (*depthwise_spill)(const dfp_terms *);
+    /* Of y[pixels][n], pixel by pixel in double: sums[c] the sum and sums[n + c] the sum of squares.
+     * bounds[c] and bounds[n + c] become smaller and larger where y is; a NaN may leave them be. */
+    void (*statistics)(const float *y, int64_t pixels, int64_t n, double *sums, float *bounds);
+    /* total[c] = the sum over r < count, in order, of rows[r * stride + c]. */
+    void (*add_rows)(const double *rows, int64_t count, int64_t stride, int64_t n, double *total);
     /* Does nothing but multiply-accumulate, on registers; returns how many products. */
     int64_t (*peak)(int64_t rounds);
     const dfp_digits *digits;   /* or NULL */
