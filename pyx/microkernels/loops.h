@@ -166,6 +166,7 @@ TARGET static void DFP_CAT(depthwise_spill__, ISA)(const dfp_terms *t) {
         }                                                                                \
         for (int64_t p = 0; p < pixels; p++) {                                           \
             const float *v = y + p * n + c;                                              \
+            for (int i = 0; i < width; i += 16) __builtin_prefetch(v + next + i, 0, 2);  \
             for (int i = 0; i < width; i++) {                                            \
                 sum[i] += (double)v[i];                                                  \
                 square[i] += (double)v[i] * (double)v[i];                                \
@@ -182,6 +183,9 @@ TARGET static void DFP_CAT(depthwise_spill__, ISA)(const dfp_terms *t) {
 TARGET static void DFP_CAT(statistics_f32__, ISA)(const float *y, int64_t pixels, int64_t n,
                                                   double *restrict sums,
                                                   float *restrict bounds) {
+    /* The row after this one, which is most likely read next: steps of n floats are too long for
+     * the hardware to foresee. */
+    const int64_t next = pixels * n;
     int64_t c = 0;
     STATISTICS_BLOCK(32)
     STATISTICS_BLOCK(8)
