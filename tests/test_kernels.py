@@ -79,6 +79,16 @@ def test_quantize_large(isa, threads, rounding):
     assert e == expected[1]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantize_beyond_the_caches(isa):
+    extension.set_isa(isa)
+    x = np.random.default_rng(2).standard_normal(8_400_001).astype(np.float32)
+    expected = reference.quantize(x)
+    q, e = native_quantize(x, 14, "nearest")
+    np.testing.assert_array_equal(q, expected[0])
+    assert e == expected[1]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.floats(width=32), max_size=40),
@@ -303,6 +313,10 @@ CASES = {
     "depthwise multiplier": Case((7, 6), (3, 2), 5, 3, (2, 2), depthwise=True, padding="same"),
     "depthwise dilated": Case((9, 9), (3, 3), 9, 1, (1, 1), (2, 2), depthwise=True),
     "depthwise 7x7": Case((9, 9), (7, 7), 33, 1, depthwise=True, padding="same"),
+    "depthwise vectors": Case((6, 9), (3, 3), 64, 1, (2, 1), depthwise=True, padding="same"),
+    "depthwise overlap": Case((5, 6), (2, 3), 49, 1, depthwise=True, padding=((2, 0), (0, 3))),
+    "depthwise many images": Case((5, 3), (3, 3), 80, 1, (2, 2), depthwise=True, batch=9),
+    "depthwise long chains": Case((37, 35), (2, 2), 35, 1, depthwise=True, batch=3),
     "depthwise 1d": Case((9,), (3,), 6, 2, depthwise=True),
     "depthwise 3d": Case((4, 4, 5), (2, 2, 2), 3, 2, depthwise=True, padding="same"),
     "1-wide image": Case((9, 1), (3, 3), 4, 6, padding="same"),
@@ -365,3 +379,36 @@ def test_spilled_chains_longer_than_a_block(isa):
     for bits in ((9, 9, 9), (8, 8, 8), (9, 8, 10)):
         for case in (Case((3, 1), (3, 1), 2, 11_176), Case((3, 1), (3, 1), 11_177, 2)):
             check_conv(case, np.random.default_rng(0), *bits, "spill", "signs")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_depthwise_long_rows(isa):
+    """Longer than one call of a microkernel may sum, with operands of one sign."""
+    extension.set_isa(isa)
+    case = Case((70_001,), (2,), 33, 1, depthwise=True, batch=1)
+    check_conv(case, np.random.default_rng(0), 16, 16, 16, "exact", "extreme")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_depthwise_results_beyond_the_caches(isa, strides):
+    """Large enough, and aligned, to be stored past them."""
+    extension.set_isa(isa)
+    case = Case((44, 43), (3, 3), 48, 1, strides, depthwise=True, padding="same", batch=12)
+    check_conv(case, np.random.default_rng(1), 14, 14, 14, "exact", "random")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_statistics_of_nan_and_infinity(isa):
+    extension.set_isa(isa)
+    x = np.zeros((2, 3, 3, 41), np.int16)
+    x[1, 2, 0, :40] = 8191
+    w = np.eye(41, dtype=np.int16)[np.newaxis, np.newaxis]
+    for exponent in (-(2**31), 120, 0):
+        y, statistics = lib.dfp_conv(
+            x=x, x_exponent=np.int32(exponent), x_token=TOKEN, w=w, w_exponent=np.int32(0),
+            w_token=TOKEN, n_statistics=4, strides=(1, 1), dilations=(1, 1),
+        )  # fmt: skip
+        stated = reference.channel_statistics(y.numpy())
+        for value, expected in zip(statistics, stated.values(), strict=True):
+            np.testing.assert_array_equal(value, expected)
