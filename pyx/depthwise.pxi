@@ -1,7 +1,7 @@
-# Depthwise convolutions, channel by channel. Every pass walks over the same grid: positions (of y, of dx,
-# for dw of dy) that the same kernel positions reach form patches, a few per image, and inside a
-# patch a microkernel needs no test. A depth multiplier is resolved first: `spread` lays the operand
-# out so that every pass sees rows of equal length.
+# Depthwise convolutions, channel by channel. Every pass walks over the same grid: positions (of y,
+# of dx, for dw of dy) that the same kernel positions reach form patches, a few per image, and
+# inside a patch a microkernel needs no test. A depth multiplier is resolved first: `spread` lays
+# the operand out so that every pass sees rows of equal length.
 
 cdef enum:
     DW_BLOCK = 262144       # bytes a task reads and writes, about: they stay in a core's cache

@@ -3,7 +3,7 @@
  * terms is interleaved channel by channel, and one instruction multiplies and adds both. Without,
  * or with fewer channels than a vector holds, the compiler makes of them what it can. */
 
-/* ---- plain loops: `width` channels from c on; a constant width keeps the sums in registers ---- */
+/* ---- plain loops: `width` channels from c on; constant, so that sums stay in registers -------- */
 
 #define EACH for (int i = 0; i < width; i++)
 
@@ -97,7 +97,7 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
 
 #else
 
-/* ---- vectors of 2 * LANES channels; the last one may overlap the one before ------------------- */
+/* ---- vectors of 2 * LANES channels; the last one may overlap the one before ------------------ */
 
 /* hi * 2**16 + lo takes the chain's sum over: gemm_tile.h. */
 #define CARRY(hi, lo)                                                                     \
@@ -189,7 +189,7 @@ TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
         FOR_ITEMS_AND_ROWS {                                                              \
             const int16_t *x[count], *dy = t->dy + m * t->y_item + h * t->y_row + c;      \
             UNROLL for (int i = 0; i < (count); i++) x[i] = t->x[k + i] + c;              \
-            int64_t at = m * t->x_item + h * t->x_row;                                                               \
+            int64_t at = m * t->x_item + h * t->x_row;                                    \
             for (int64_t p = 0; p < t->pixels; p += 2) {                                  \
                 const int paired = p + 1 < t->pixels;                                     \
                 const VI d0 = V_LOADU(dy);                                                \

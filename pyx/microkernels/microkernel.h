@@ -41,15 +41,16 @@ typedef struct {
 } dfp_tile;
 
 /* What a depthwise convolution does with a patch of pixels that the same kernel positions reach:
- * products of int16 rows, channel by channel, 0 <= c < n. Term k of pixel (h, p) of item m (an image)
- * reads the row at x[k] + m * x_item + h * x_row + p * x_step. A chain of `chain` pairs of terms (`dots`: of pixels) sums to no
- * more than 2**31 - 1 - 65535 in magnitude.
+ * products of int16 rows, channel by channel, 0 <= c < n. Term k of pixel (h, p) of item m (an
+ * image) reads the row at x[k] + m * x_item + h * x_row + p * x_step. A chain of `chain` pairs of
+ * terms (`dots`: of pixels) sums to no more than 2**31 - 1 - 65535 in magnitude.
  *
- * patch: y[m * y_item + h * y_row + p * y_step + c] = RN32(scale * sum over k of x[k][..][c] * w[k][c]); scale
- *        is a power of two. Unless `careful`, |sum| < 2**47, and neither scale nor a nonzero result
- *        is subnormal. With `stream`, y, its steps and n are multiples of 64 bytes, and the stores
- *        may go past the caches.
- * dots:  sums[k][c] += sum over m, h, p of x[k][..][c] * dy[m * y_item + ..+ c]; a call adds less
+ * patch: y[m * y_item + h * y_row + p * y_step + c] = RN32(scale * sum over k of
+ *        x[k][..][c] * w[k][c]); scale is a power of two. Unless `careful`, |sum| < 2**47, and
+ *        neither scale nor a nonzero result is subnormal. If all terms are one chain, it may be as
+ *        large as 2**31 - 1. With `stream`, y, its steps and n are multiples of 64 bytes, and the
+ *        stores may go past the caches.
+ * dots:  sums[k][c] += sum over m, h, p of x[k][..][c] * dy[m * y_item + .. + c]; a call adds less
  *        than 2**47. */
 typedef struct {
     const int16_t **x;
@@ -174,8 +175,8 @@ typedef struct {
      * may go past the caches. */
     void (*quantize)(const float *x, int64_t n, float factor, float factor2, float qmax,
                      int truncate, int stream, int16_t *q);
-    /* q[i] = clamp(floor(x[i] * factor + u), -qmax, qmax), u the noise (docs/numerics.md) of element
-     * index + i; index is a multiple of 4. */
+    /* q[i] = clamp(floor(x[i] * factor + u), -qmax, qmax), u the noise (docs/numerics.md) of
+     * element index + i; index is a multiple of 4. */
     void (*stochastic)(const float *x, int64_t n, int64_t index, double factor, double qmax,
                        const uint32_t *key, uint64_t step, int16_t *q);
     /* out[c / mr][..][c % mr][0, 1] = p[c], q[c]: pairs for panels of mr, `panel` elements apart.
@@ -185,8 +186,8 @@ typedef struct {
     void (*depthwise_patch)(const dfp_patch *);
     void (*depthwise_dots)(const dfp_patch *);
     void (*depthwise_spill)(const dfp_terms *);
-    /* Of y[pixels][n], pixel by pixel in double: sums[c] the sum and sums[n + c] the sum of squares.
-     * bounds[c] and bounds[n + c] become smaller and larger where y is; a NaN may leave them be. */
+    /* Of y[pixels][n], pixel by pixel in double: sums[c] the sum, sums[n + c] the sum of squares.
+     * bounds[c] and bounds[n + c] become smaller and larger where y is; a NaN may leave them. */
     void (*statistics)(const float *y, int64_t pixels, int64_t n, double *sums, float *bounds);
     /* total[c] = the sum over r < count, in order, of rows[r * stride + c]. */
     void (*add_rows)(const double *rows, int64_t count, int64_t stride, int64_t n, double *total);
