@@ -17,6 +17,7 @@ cdef extern from "microkernels/table.h" nogil:
         int64_t terms, n, items, rows, pixels
         int64_t x_item, x_row, x_step, y_item, y_row, y_step
         int64_t chain
+        int64_t fresh, fresh_end
         const int16_t** w
         float* y
         double scale

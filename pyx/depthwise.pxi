@@ -243,10 +243,14 @@ cdef void run_patch(Depthwise* z, const Patch* at, int thread) noexcept nogil:
     cdef const int16_t** w = x + z.terms
     cdef int64_t** sums = <int64_t**>w
     cdef int64_t* total = <int64_t*>(z.sums + thread * z.sum_bytes)
-    cdef int64_t kernel_position = -1, kd, kh, kw, m, pixel, grid
+    cdef int64_t kernel_position = -1, kd, kh, kw, m, pixel, grid, lowest = 0
     cdef Span d, h, q
     cdef dfp_patch t
     memset(&t, 0, sizeof(dfp_patch))
+    for kh in range(v.kernel[1]):
+        h = z.spans[1][at.phase[1] * v.kernel[1] + kh]
+        if h.low <= at.first[1] < h.high:
+            lowest = max(lowest, h.start + at.first[1] * z.step[1])
     for kd in range(v.kernel[0]):
         d = z.spans[0][at.phase[0] * v.kernel[0] + kd]
         for kh in range(v.kernel[1]):
@@ -259,6 +263,10 @@ cdef void run_patch(Depthwise* z, const Patch* at, int thread) noexcept nogil:
                     pixel = at.item * z.image[0] + d.start + at.first[0] * z.step[0]
                     pixel = pixel * z.image[1] + h.start + at.first[1] * z.step[1]
                     pixel = pixel * z.image[2] + q.start + at.first[2] * z.step[2]
+                    if z.stream and h.start + (at.first[1] + 1) * z.step[1] > lowest:
+                        # Not in a cache yet, and too far apart for the hardware to foresee.
+                        t.fresh = t.fresh if t.fresh_end else t.terms
+                        t.fresh_end = t.terms + z.per_tap
                     for m in range(z.per_tap):
                         x[t.terms] = z.a + (pixel * z.per_tap + m) * z.row
                         if z.which == WEIGHT_GRADIENT:

@@ -127,6 +127,11 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
             const VI w0 = V_LOADU(t->w[k] + c);                                           \
             const VI w1 = paired ? V_LOADU(t->w[k + 1] + c) : V_ZERO();                   \
             const VI wa = V_ZIPLO(w0, w1), wb = V_ZIPHI(w0, w1);                          \
+            if (k + 1 >= t->fresh && k < t->fresh_end)                                    \
+                UNROLL for (int i = 0; i < (count); i++) {                                \
+                    __builtin_prefetch(x0 + t->x_row + i * t->x_step, 0, 2);              \
+                    __builtin_prefetch(x1 + t->x_row + i * t->x_step, 0, 2);              \
+                }                                                                         \
             UNROLL for (int i = 0; i < (count); i++) {                                    \
                 VI a = V_LOADU(x0 + i * t->x_step), b = V_LOADU(x1 + i * t->x_step);       \
                 LOADED(a);                                                                \

@@ -50,6 +50,7 @@ typedef struct {
  *        neither scale nor a nonzero result is subnormal. If all terms are one chain, it may be as
  *        large as 2**31 - 1. With `stream`, y, its steps and n are multiples of 64 bytes, and the
  *        stores may go past the caches.
+ *        A row of pixels lower, terms `fresh` to `fresh_end` - 1 read what nothing has read before.
  * dots:  sums[k][c] += sum over m, h, p of x[k][..][c] * dy[m * y_item + .. + c]; a call adds less
  *        than 2**47. */
 typedef struct {
@@ -57,6 +58,7 @@ typedef struct {
     int64_t terms, n, items, rows, pixels;
     int64_t x_item, x_row, x_step, y_item, y_row, y_step;
     int64_t chain;
+    int64_t fresh, fresh_end;
     const int16_t **w;
     float *y;
     double scale;
