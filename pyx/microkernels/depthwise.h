@@ -1,9 +1,9 @@
-/* The loops of depthwise convolutions, once per instruction set; loops.h includes this. With
+/* The loops of depthwise convolutions, once per instruction set; loops.h includes it. With
  * V_ZIPLO, V_ZIPHI, V_FIRST and V_SECOND (see gemm_tile.h) exact sums are made of V_DOT: a pair of
  * terms is interleaved channel by channel, and one instruction multiplies and adds both. Without,
  * or with fewer channels than a vector holds, the compiler makes of them what it can. */
 
-/* ---- plain loops: `width` channels from c on; constant, so that sums stay in registers -------- */
+/* ---- plain loops: `width` channels from c on; constant, so that sums stay in registers ------- */
 
 #define EACH for (int i = 0; i < width; i++)
 
