@@ -412,9 +412,10 @@ static const dfp_digits dfp_digits__amx = {
     finish_transposed_s8__amx,
 };
 
+#define ISA avx512vnni
 static const dfp_kernel dfp_kernel__amx = {
     "amx", 8, 32,
     gemm_s16_exact__avx512vnni, gemm_s16_spill__avx512vnni,
-    absmax_bits__avx512vnni, quantize_f32_s16__avx512vnni,
-    interleave_s16__avx512vnni, depthwise_s16__avx512vnni, peak_s16__amx, &dfp_digits__amx,
+    DFP_LOOPS, peak_s16__amx, &dfp_digits__amx,
 };
+#undef ISA
