@@ -46,6 +46,18 @@ class LocalResponseNormalization(keras.layers.Layer):
         )
         return tf.cast(outputs, inputs.dtype)
 
+    def of_keras_ops(self, inputs: keras.KerasTensor) -> keras.KerasTensor:
+        """Returns the same as a graph of `keras.ops`, which loads where keras_dfp is not installed.
+
+        It is slower, and rounds differently in the last bits.
+        """
+        radius, channels = self.depth_radius, inputs.shape[-1]
+        squares = keras.ops.pad(keras.ops.square(inputs), [[0, 0]] * 3 + [[radius, radius]])
+        energy = squares[..., :channels]
+        for shift in range(1, 2 * radius + 1):
+            energy = energy + squares[..., shift : shift + channels]
+        return inputs / keras.ops.power(self.bias + self.alpha * energy, self.beta)
+
     def compute_output_shape(self, input_shape):
         return input_shape
 

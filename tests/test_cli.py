@@ -11,10 +11,10 @@ import keras
 import matplotlib.image
 import pytest
 from click.testing import CliRunner
+from keras_dfp.cli.files import written_whole
 
 import keras_dfp
 from keras_dfp.cli import main
-from keras_dfp.cli.files import written_whole
 
 
 def run(*arguments, code=0):

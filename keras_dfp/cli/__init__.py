@@ -8,7 +8,10 @@ from __future__ import annotations
 import click
 
 from keras_dfp.cli.bench import bench
+from keras_dfp.cli.compare import compare
 from keras_dfp.cli.describe import describe
+from keras_dfp.cli.evaluate import evaluate
+from keras_dfp.cli.export import export
 from keras_dfp.cli.info import info
 from keras_dfp.cli.train import train
 from keras_dfp.version import __version__
@@ -31,7 +34,8 @@ def main() -> None:
 
     \b
     Examples:
-      keras-dfp train                float32 against dfp16, on handwritten digits
+      keras-dfp compare              float32 against dfp16, on handwritten digits
+      keras-dfp train resnet20 --data cifar10
       keras-dfp describe resnet50    which layers run on integers, and why others do not
       keras-dfp bench conv           its speed against TensorFlow's, here
       keras-dfp info                 CPU, kernels, threads, versions
@@ -39,6 +43,9 @@ def main() -> None:
 
 
 main.add_command(train)
+main.add_command(evaluate)
+main.add_command(export)
+main.add_command(compare)
 main.add_command(describe)
 main.add_command(bench)
 main.add_command(info)

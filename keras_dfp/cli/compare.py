@@ -1,0 +1,99 @@
+"""`keras-dfp compare`: the same training under several policies, from equal beginnings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from keras_dfp.cli.options import (
+    PACKAGES,
+    POLICY_HELP,
+    PolicyType,
+    explained,
+    make_folder,
+    require,
+    settings,
+    settings_options,
+)
+
+
+class _Policies(click.ParamType):
+    name = "POLICY,..."
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        words = tuple(PolicyType().convert(word, param, ctx) for word in value.split(","))
+        if len(set(words)) < len(words):
+            self.fail(f"{value!r} names a policy twice.", param, ctx)
+        return words
+
+
+@click.command()
+@settings_options
+@click.option(
+    "--policies",
+    type=_Policies(),
+    default="float32,dfp16",
+    show_default=True,
+    help=f"Separated by commas; the others are compared with the first. {POLICY_HELP}",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Train under each policy with the seeds 1 to N.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the runs and results.  [default: runs/NETWORK]",
+)
+def compare(
+    policies: tuple[str, ...], seeds: int, output: Path | None, checkpoint_steps: int, **options
+) -> None:
+    """Train NETWORK under several policies and compare them.
+
+    NETWORK and the options are those of `keras-dfp train`. For each seed, every policy starts from
+    the same weights and sees the same batches in the same order. Prints a table; writes
+    results.md, results.csv, results.json and curves.png, anew after every run.
+
+    The same command again goes on where it stopped: finished runs are kept, so a study can be made
+    in parts, and --policies and --seeds may grow.
+
+    \b
+    Examples:
+      keras-dfp compare
+      keras-dfp compare resnet20 --data cifar10 --epochs 10 --seeds 5
+      keras-dfp compare resnet20 --data cifar10 --epochs 10 --output runs/bits \\
+          --policies float32,dfp16,dfp16:mantissa_bits=10,dfp16:mantissa_bits=8
+    """
+    require(*PACKAGES)
+    # Here and not above, because it needs those packages.
+    from keras_dfp.training import comparison
+
+    with explained():
+        this = settings(**options)
+        output = output or Path("runs") / this.network
+        data = this.resolved().find_data()
+        make_folder(output)
+        results = []
+        for run in comparison.runs(this, policies, range(1, seeds + 1), output, data):
+            title = f"{this.network} under {run.settings.policy}, seed {run.settings.seed}"
+            if run.finished:
+                click.secho(f"{title}: finished already", bold=True)
+            else:
+                click.secho(f"{title}: {run.epochs} epochs, {run.steps} steps", bold=True)
+            try:
+                run.train(checkpoint_steps)
+            except KeyboardInterrupt:
+                click.echo("\nStopped; the same command goes on.", err=True)
+                raise
+            if run.progress.diverged:
+                click.echo(f"The loss is no longer a number after step {run.progress.diverged}.")
+            results.append(comparison.Result.of(run))
+            table = comparison.write(output, this, results)
+    click.echo(f"\n{table}\n\nIn {output}: curves.png, results.md, results.csv, results.json")

@@ -1,0 +1,47 @@
+"""A checkpoint: one file, written whole, that a run continues from bit for bit."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dfp.files import written_whole
+from keras_dfp.training.errors import RunError
+
+
+def save(path: Path, variables: Sequence[keras.Variable], state: dict[str, Any]) -> None:
+    """Writes variables, in their order, and a state that JSON can hold.
+
+    The order and not the names identify variables, because Keras counts up the names of layers
+    that have none with every model.
+    """
+    arrays = {str(number): variable.numpy() for number, variable in enumerate(variables)}
+    with written_whole(path) as temporary:
+        np.savez(temporary, state=json.dumps(state), **arrays)
+
+
+def load(path: Path, variables: Sequence[keras.Variable] = ()) -> dict[str, Any]:
+    """Assigns the first variables of a checkpoint, and returns its state.
+
+    Raises:
+        RunError: If the file is no checkpoint, or not one of these variables.
+    """
+    try:
+        with np.load(path) as arrays:
+            for number, variable in enumerate(variables):
+                array = arrays[str(number)]
+                if array.shape != tuple(variable.shape):
+                    raise RunError(
+                        f"{path} is of another model: variable {number}, {variable.path}, has "
+                        f"shape {tuple(variable.shape)}, in the file {array.shape}."
+                    )
+                variable.assign(array)
+            return json.loads(str(arrays["state"]))
+    except (KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise RunError(f"{path} is not a checkpoint of this model: {error}") from error

@@ -1,0 +1,261 @@
+"""Several runs from equal beginnings, and what they show: a table, a JSON file and a plot.
+
+For each seed, all policies start from the same weights and see the same batches; so the difference
+between two policies is paired, and what the seeds have in common cancels out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from keras_dfp.files import written_whole
+from keras_dfp.training.log import Row, write_csv
+from keras_dfp.training.run import Run
+from keras_dfp.training.settings import Settings
+from keras_dfp.training.sources import Source
+
+# Points of a loss curve, each the mean of the steps between.
+POINTS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One finished run.
+
+    Attributes:
+        policy: As for `policies.policy`.
+        seed: Its seed.
+        losses: The training loss of every step, as long as it was a number.
+        history: A row for every epoch.
+        diverged: The step at which the loss was no longer a number.
+    """
+
+    policy: str
+    seed: int
+    losses: list[float]
+    history: list[Row]
+    diverged: int | None
+
+    @classmethod
+    def of(cls, run: Run) -> Result:
+        progress = run.progress
+        return cls(
+            run.settings.policy,
+            run.settings.seed,
+            progress.losses[: None if progress.diverged is None else -1],
+            progress.history,
+            progress.diverged,
+        )
+
+
+def runs(
+    settings: Settings,
+    policies: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    data: tuple[Source, Source],
+) -> Iterator[Run]:
+    """Yields the runs of a comparison one after the other, to be trained.
+
+    Each lives in `folder/seed<seed>/<policy>`. A finished one is found finished there, one that
+    was interrupted goes on from its checkpoint.
+    """
+    for seed in seeds:
+        for policy in policies:
+            this = dataclasses.replace(settings, policy=policy, seed=seed)
+            path = folder / f"seed{seed}" / policy.replace(":", "-")
+            yield Run(this, path, data, resume=True)
+
+
+def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Returns a row for each policy: means over its seeds, and differences to the first policy.
+
+    Accuracies are shares of 1. `difference` is the mean paired difference in test top-1, and
+    `interval` the half width of its 95 % interval by Student's t; `None` where there are too few
+    pairs. Runs that diverged are counted, and left out of the means.
+    """
+    policies = list(dict.fromkeys(result.policy for result in results))
+    last = {
+        (result.policy, result.seed): result.history[-1]
+        for result in results
+        if result.diverged is None
+    }
+
+    def of(policy: str) -> dict[int, Row]:
+        return {seed: row for (name, seed), row in last.items() if name == policy}
+
+    rows = []
+    for policy in policies:
+        mine, first = of(policy), of(policies[0])
+        means = {
+            key: float(np.mean([row[key] for row in mine.values()])) if mine else None
+            for key in ("loss", "test_loss", "test_top1", "test_top5", "images_per_second")
+        }
+        top1 = [row["test_top1"] for row in mine.values()]
+        pairs = [
+            row["test_top1"] - first[seed]["test_top1"]
+            for seed, row in mine.items()
+            if seed in first and policy != policies[0]
+        ]
+        rows.append(
+            {
+                "policy": policy,
+                "runs": len(mine),
+                "diverged": sum(r.policy == policy and r.diverged is not None for r in results),
+                **means,
+                "test_top1_std": float(np.std(top1, ddof=1)) if len(top1) > 1 else None,
+                "pairs": len(pairs),
+                "difference": float(np.mean(pairs)) if pairs else None,
+                "interval": half_width(pairs),
+            }
+        )
+    return rows
+
+
+def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
+    """Returns the half width of the t-interval of a mean; `None` for fewer than two values."""
+    if len(values) < 2:
+        return None
+    quantile = stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns a summary as a table in Markdown."""
+
+    def text(value, form="{:.4f}"):
+        return "-" if value is None else form.format(value)
+
+    def percent(value, spread):
+        return text(value, "{:.2%}") + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+    def points(row):
+        if row["difference"] is None:
+            return "-"
+        interval = row["interval"]
+        return f"{100 * row['difference']:+.2f}" + (
+            "" if interval is None else f" ± {100 * interval:.2f}"
+        )
+
+    cells = [
+        (
+            "policy",
+            "runs",
+            "train loss",
+            "test loss",
+            "test top-1 ± std",
+            f"to {rows[0]['policy']}, points ± 95 %",
+            "img/s",
+        ),
+        *(
+            (
+                row["policy"],
+                f"{row['runs']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
+                text(row["loss"]),
+                text(row["test_loss"]),
+                percent(row["test_top1"], row["test_top1_std"]),
+                points(row),
+                text(row["images_per_second"], "{:.0f}"),
+            )
+            for row in rows
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        f"| {' | '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))} |"
+        for row in cells
+    ]
+    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    return "\n".join(lines)
+
+
+def write(folder: Path, settings: Settings, results: Sequence[Result]) -> str:
+    """Writes `results.csv`, `results.md`, `results.json` and `curves.png`; returns the table."""
+    rows, steps = summary(results), window(results)
+    write_csv(folder / "results.csv", rows)
+    shared = dataclasses.asdict(settings.resolved())
+    for each in ("policy", "seed"):
+        del shared[each]
+    content = {
+        "settings": shared,
+        "summary": rows,
+        "runs": [
+            {
+                "policy": result.policy,
+                "seed": result.seed,
+                "diverged": result.diverged,
+                "history": result.history,
+                "losses": dict(zip(("steps", "means"), curve(result.losses, steps), strict=True)),
+            }
+            for result in results
+        ],
+    }
+    with written_whole(folder / "results.json") as path:
+        path.write_text(json.dumps(content, indent=1))
+    with written_whole(folder / "results.md") as path:
+        path.write_text(f"{table(rows)}\n")
+    with written_whole(folder / "curves.png") as path:
+        plot(results, path)
+    return table(rows)
+
+
+def window(results: Sequence[Result]) -> int:
+    """Returns how many steps make one of at most `POINTS` points."""
+    return max(1, *(math.ceil(len(result.losses) / POINTS) for result in results))
+
+
+def curve(losses: Sequence[float], window: int) -> tuple[list[int], list[float]]:
+    """Returns the points of a loss curve: the last of each `window` steps, and their mean."""
+    starts = range(0, len(losses), window)
+    return (
+        [min(start + window, len(losses)) for start in starts],
+        [round(float(np.mean(losses[start : start + window])), 5) for start in starts],
+    )
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draws training loss and test accuracy: a line for a policy's mean, a band for its seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    steps = window(results)
+    for number, policy in enumerate(dict.fromkeys(result.policy for result in results)):
+        mine = [result for result in results if result.policy == policy]
+        longest = max((result.losses for result in mine), key=len)
+        for axes, x, curves in (
+            (
+                loss,
+                curve(longest, steps)[0],
+                [curve(result.losses, steps)[1] for result in mine],
+            ),
+            (
+                accuracy,
+                range(1, 1 + max(len(result.history) for result in mine)),
+                [[row["test_top1"] for row in result.history] for result in mine],
+            ),
+        ):
+            # A run that diverged has fewer points.
+            values = np.full((len(curves), len(x)), np.nan)
+            for row, values_of_one in zip(values, curves, strict=True):
+                row[: len(values_of_one)] = values_of_one
+            masked = np.ma.masked_invalid(values)
+            label = f"{policy} ({len(mine)} seed{'s' * (len(mine) > 1)})"
+            axes.plot(x, masked.mean(axis=0), color=f"C{number}", label=label)
+            axes.fill_between(
+                x, masked.min(axis=0), masked.max(axis=0), color=f"C{number}", alpha=0.2, lw=0
+            )
+    loss.set(title="Training loss", xlabel="step", yscale="log")
+    accuracy.set(title="Test accuracy (top-1)", xlabel="epoch")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,73 @@
+"""What a run tells while it goes on: a progress bar, a line for each epoch, CSV, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import tensorflow as tf
+from tqdm import tqdm
+
+from keras_dfp.files import written_whole
+
+# Steps between points in TensorBoard.
+INTERVAL = 10
+
+Row = dict[str, float]
+
+
+class Log:
+    """The log of one run, in its folder: `log.csv`, and `tensorboard`.
+
+    Args:
+        folder: The run's folder.
+        epochs: Epochs in all.
+        images: Images in all, over all epochs.
+        done: How many of them an earlier part of the run has trained on.
+    """
+
+    def __init__(self, folder: Path, epochs: int, images: int, done: int):
+        self.folder = folder
+        self.epochs = epochs
+        # Only a terminal understands a bar, which draws over itself.
+        self.bar = tqdm(
+            total=images, initial=done, unit="img", disable=None, dynamic_ncols=True, smoothing=0.05
+        )
+        self.writer = tf.summary.create_file_writer(str(folder / "tensorboard"))
+
+    def step(self, step: int, images: int, loss: float, rate: float) -> None:
+        """Notes a step of training on some images."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update(images)
+        if step % INTERVAL == 0:
+            self._summaries(step, {"loss": loss, "learning_rate": rate})
+
+    def epoch(self, history: list[Row]) -> None:
+        """Notes an epoch, the last of a run's history."""
+        row = history[-1]
+        tqdm.write(
+            f"epoch {row['epoch']}/{self.epochs}: "
+            f"loss {row['loss']:.4f}, top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}; "
+            f"test loss {row['test_loss']:.4f}, top-1 {row['test_top1']:.2%}, "
+            f"top-5 {row['test_top5']:.2%}; {row['images_per_second']:.0f} img/s"
+        )
+        self._summaries(int(row["step"]), {f"epoch/{key}": value for key, value in row.items()})
+        write_csv(self.folder / "log.csv", history)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+
+    def _summaries(self, step: int, values: Row) -> None:
+        with self.writer.as_default(step):
+            for key, value in values.items():
+                tf.summary.scalar(key, value)
+        self.writer.flush()
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Writes rows with equal keys, whole."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,214 @@
+"""The network of a run, and what is done to it: a step of training, a step of testing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dfp import zoo
+from keras_dfp.layers import LocalResponseNormalization
+from keras_dfp.recipe import Recipe
+from keras_dfp.training.errors import DataError, RunError
+from keras_dfp.training.pipeline import Pipeline
+from keras_dfp.training.policies import policy
+from keras_dfp.training.settings import Settings
+from keras_dfp.training.sources import Source
+
+Step = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+class Stopped(Exception):
+    """The user wants it to stop."""
+
+
+def build(
+    settings: Settings, input_shape: tuple[int, int, int], classes: int, training: bool = True
+) -> keras.Model:
+    """Returns the network of a run, untrained.
+
+    Args:
+        settings: The run's.
+        input_shape: Height, width and channels of an image.
+        classes: Number of classes.
+        training: `True`: its output are logits, and those of the auxiliary classifiers where the
+            recipe has them. `False`: probabilities.
+
+    Raises:
+        RunError: If the images are too small for it, say.
+    """
+    options = {"classifier_activation": None} if training else {}
+    if training and settings.recipe.auxiliary_weight:
+        options["auxiliary"] = True
+    try:
+        model = zoo.load(
+            settings.network, input_shape, classes, policy=policy(settings.policy), **options
+        )
+    except ValueError as error:
+        raise RunError(
+            f"Cannot build {settings.network} for images of {input_shape}: {error}"
+        ) from error
+    # Settles the policy of the first and the last layer, where it treats them apart.
+    model.compile()
+    return model
+
+
+def pretrained(settings: Settings, weights: str) -> keras.Model:
+    """Returns the network with weights from elsewhere, to be tested: its outputs are logits.
+
+    Args:
+        settings: Say which network, and its policy.
+        weights: As for `zoo.load`.
+
+    Raises:
+        RunError: If there are no such weights, or they do not fit.
+    """
+    try:
+        model = zoo.load(
+            settings.network,
+            weights=weights,
+            policy=policy(settings.policy),
+            classifier_activation=None,
+        )
+    except (ValueError, OSError) as error:
+        raise RunError(str(error)) from error
+    model.compile()
+    return model
+
+
+def check_classes(model: keras.Model, source: Source) -> None:
+    """Raises DataError if a source does not have as many classes as a model."""
+    outputs = keras.tree.flatten(model.output_shape)[-1]
+    if outputs != len(source.classes):
+        raise DataError(
+            f"The network tells {outputs} classes apart, but the data have {len(source.classes)}."
+        )
+
+
+def plain(model: keras.Model, settings: Settings) -> keras.Model:
+    """Returns a trained network as `deployable` does, in FP32 and of Keras's own layers only."""
+
+    def call(layer, *args, **kwargs):
+        if isinstance(layer, LocalResponseNormalization):
+            return layer.of_keras_ops(*args)
+        return layer(*args, **kwargs)
+
+    ours = deployable(model, dataclasses.replace(settings, policy="float32"))
+    used = keras.models.clone_model(ours, call_function=call)
+    used.set_weights(ours.get_weights())
+    return used
+
+
+def deployable(model: keras.Model, settings: Settings) -> keras.Model:
+    """Returns a trained network as it is used: without auxiliary outputs, with probabilities."""
+    main = keras.Model(model.inputs, model.outputs[0])
+    used = build(settings, model.input_shape[1:], main.output_shape[-1], training=False)
+    used.set_weights(main.get_weights())
+    return used
+
+
+def optimizer(recipe: Recipe) -> keras.Optimizer:
+    """Returns the recipe's optimizer."""
+    rate, options = recipe.schedule.learning_rate, recipe.optimizer
+    if options.name == "adam":
+        return keras.optimizers.Adam(rate)
+    return keras.optimizers.SGD(rate, momentum=options.momentum, nesterov=options.nesterov)
+
+
+def train_step(
+    model: keras.Model, optimizer: keras.Optimizer, recipe: Recipe, label_smoothing: float
+) -> Step:
+    """Returns the function that trains a model on a batch.
+
+    Args:
+        model: What `build` returns.
+        optimizer: What `optimizer` returns.
+        recipe: Says how much the auxiliary losses count, and the weight decay, which is added to
+            the gradients of kernels before the momentum, as in the solvers of the papers.
+        label_smoothing: Share of a label that is spread over all classes.
+
+    Returns:
+        A function from images and labels to what `_sums` returns.
+    """
+    weights = model.trainable_variables
+    decay = recipe.optimizer.weight_decay
+
+    @tf.function(autograph=False)
+    def step(images, labels):
+        with tf.GradientTape() as tape:
+            logits, *auxiliary = _logits(model(images, training=True))
+            loss = total = _loss(logits, labels, label_smoothing)
+            for other in auxiliary:
+                total += recipe.auxiliary_weight * _loss(other, labels, label_smoothing)
+        gradients = tape.gradient(total, [weight.value for weight in weights])
+        if decay:
+            gradients = [
+                gradient + decay * weight if is_kernel(weight) else gradient
+                for gradient, weight in zip(gradients, weights, strict=True)
+            ]
+        optimizer.apply(gradients, weights)
+        return _sums(loss, logits, labels)
+
+    return step
+
+
+def test_step(model: keras.Model) -> Step:
+    """Returns the function that tests a model: from images and labels to what `_sums` returns."""
+    images = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
+
+    @tf.function(autograph=False, input_signature=[images, tf.TensorSpec([None], tf.int32)])
+    def step(images, labels):
+        logits = _logits(model(images, training=False))[0]
+        return _sums(_loss(logits, labels), logits, labels)
+
+    return step
+
+
+def evaluate(step: Step, pipeline: Pipeline, interrupted: Sequence = ()) -> dict[str, float]:
+    """Returns loss, top-1 and top-5 accuracy over all images of a pipeline.
+
+    Args:
+        step: What `test_step` returns.
+        pipeline: The images.
+        interrupted: Not empty when the user wants it to stop.
+
+    Raises:
+        Stopped: If it is not empty.
+    """
+    sums = np.zeros(4)
+    for images, labels in pipeline.evaluation():
+        sums += step(images, labels).numpy()
+        if interrupted:
+            raise Stopped
+    loss, top1, top5 = (sums[:3] / sums[3]).tolist()
+    return {"loss": loss, "top1": top1, "top5": top5}
+
+
+def is_kernel(weight: keras.Variable) -> bool:
+    """Tells what weight decay is for: what multiplies; not biases, not batch norm."""
+    return weight.name.endswith("kernel")
+
+
+def _logits(outputs) -> list[tf.Tensor]:
+    return [tf.cast(output, tf.float32) for output in keras.tree.flatten(outputs)]
+
+
+def _loss(logits: tf.Tensor, labels: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
+    """Returns the mean cross-entropy of a batch."""
+    targets = tf.one_hot(labels, logits.shape[-1])
+    if smoothing:
+        targets = targets * (1 - smoothing) + smoothing / logits.shape[-1]
+    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+
+
+def _sums(loss: tf.Tensor, logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Returns loss, top-1 hits, top-5 hits and images of a batch."""
+    images = tf.cast(tf.shape(labels)[0], tf.float32)
+    hits = [
+        tf.reduce_sum(tf.cast(tf.math.in_top_k(labels, logits, k), tf.float32))
+        for k in (1, min(5, logits.shape[-1]))
+    ]
+    return tf.stack([loss * images, *hits, images])

@@ -1,0 +1,201 @@
+"""From a source to batches: decoded, augmented by the recipe, in parallel and ahead of their use.
+
+Order and augmentation are functions of seed, epoch and image alone, so every policy sees the same
+batches, and a run can begin in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from keras_dfp.recipe import Images
+from keras_dfp.training.errors import DataError
+from keras_dfp.training.sources import Source, reason
+
+Batch = tuple[tf.Tensor, tf.Tensor]
+
+
+class Pipeline:
+    """Batches of one source, for training or for evaluation.
+
+    Args:
+        source: The images.
+        images: How they become the network's input: the recipe's.
+        batch_size: Images in a batch.
+        normalize: The function from pixels of 0 to 255 to what the network's weights want:
+            `zoo.preprocessing`.
+        skip_bad: What to do about an image that cannot be read: warn, by name, and go on without
+            it; or raise DataError.
+
+    Attributes:
+        bad: Numbers of the images found to be unreadable.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        images: Images,
+        batch_size: int,
+        normalize: Callable,
+        skip_bad: bool = False,
+    ):
+        self.source = source
+        self.images = images
+        self.batch_size = batch_size
+        self.normalize = normalize
+        self.skip_bad = skip_bad
+        self.bad: set[int] = set()
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch of training; what is left over by them is left out of it."""
+        return len(self.source) // self.batch_size
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Returns height, width and channels of what the network gets."""
+        crop = self.images.crop
+        if crop is not None:
+            return crop, crop, len(self.images.mean)
+        # Whole images, which must all be of one size: that of the first.
+        images, _ = next(self.evaluation())
+        return tuple(images.shape[1:])
+
+    def training(self, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yields the batches of an epoch of training, from batch `first` on: `steps - first`.
+
+        An epoch is a random order of all images. If unreadable ones are missing from it, it starts
+        again from its beginning until all batches are full.
+        """
+        random = np.random.default_rng((seed, epoch))
+        everything = random.permutation(len(self.source))
+        # Drawn here and not in the graph, where it would be a fifth of the work on a small image.
+        noise = random.random((len(self.source), 3), np.float32)
+
+        def order():
+            return np.resize(self._readable(everything), self.steps * self.batch_size)
+
+        def example(index, noise):
+            image, label = self.source.read(index)
+            return prepare(image, self.images, self.normalize, noise), label
+
+        return self._batches(order, example, first, noise)
+
+    def evaluation(self) -> Iterator[Batch]:
+        """Yields all images once, in their own order; the last batch may be smaller."""
+
+        def example(index):
+            image, label = self.source.read(index)
+            return prepare(image, self.images, self.normalize), label
+
+        return self._batches(lambda: self._readable(np.arange(len(self.source))), example)
+
+    def _readable(self, order: np.ndarray) -> np.ndarray:
+        order = order[~np.isin(order, list(self.bad))] if self.bad else order
+        if not len(order):
+            raise DataError("None of the images can be read.")
+        return order
+
+    def _batches(
+        self, order: Callable, example: Callable, done: int = 0, *of_each: np.ndarray
+    ) -> Iterator[Batch]:
+        """Yields the batches of an order from batch `done` on.
+
+        Args:
+            order: Returns the numbers of the images, without those known to be bad.
+            example: Makes an image and its label of its number, and of its row of `of_each`.
+        """
+        size = self.batch_size
+        while True:
+            # TensorFlow reports a bad image as an error of the batch that it is in. Which image it
+            # was is looked up only then, so good images cost nothing.
+            indices = order()[done * size :]
+            dataset = (
+                tf.data.Dataset.from_tensor_slices((indices, *(rows[indices] for rows in of_each)))
+                .map(example, num_parallel_calls=tf.data.AUTOTUNE)
+                .batch(size, num_parallel_calls=tf.data.AUTOTUNE)
+                .prefetch(tf.data.AUTOTUNE)
+            )
+            iterator = iter(dataset)
+            while len(indices):
+                try:
+                    batch = next(iterator)
+                except tf.errors.OpError as error:
+                    self._find_bad(indices[:size], example, of_each, error)
+                    break
+                yield batch
+                done, indices = done + 1, indices[size:]
+            else:
+                return
+
+    def _find_bad(self, indices, example, of_each, error: tf.errors.OpError) -> None:
+        """Finds and reports the images of a batch that cannot be read."""
+        found = False
+        for index in indices.tolist():
+            try:
+                example(tf.constant(index), *(tf.constant(rows[index]) for rows in of_each))
+            except tf.errors.OpError as cause:
+                found = True
+                message = f"Cannot read {self.source.name(index)}: {reason(cause)}"
+                if not self.skip_bad:
+                    raise DataError(message) from cause
+                warnings.warn(f"Skipped. {message}", stacklevel=2)
+                self.bad.add(index)
+        if not found:
+            # Each image is good, but not beside the others: whole images of different sizes.
+            raise DataError(f"Cannot make a batch of images: {reason(error)}") from error
+
+
+def prepare(
+    image: tf.Tensor, images: Images, normalize: Callable, noise: tf.Tensor | None = None
+) -> tf.Tensor:
+    """Returns the network's input for one image.
+
+    Args:
+        image: uint8, height x width x channels, of any size.
+        images: The recipe's.
+        normalize: As for `Pipeline`.
+        noise: Three numbers in [0, 1) that choose the crop (row, column) and the mirror, for
+            training; `None` for evaluation: the centre, as it is.
+
+    Returns:
+        float32, height x width x channels; `crop` x `crop` where the recipe has one.
+    """
+    channels = len(images.mean)
+    if images.resize is not None:
+        image = _resized(image, images.resize)
+    image = normalize(image)
+    if images.pad and noise is not None:
+        image = tf.pad(image, [[images.pad] * 2, [images.pad] * 2, [0, 0]])
+    if images.crop is not None:
+        size = tf.shape(image)[:2]
+        room = size - images.crop
+        with tf.control_dependencies(_asserted(room, size, images.crop)):
+            if noise is None:
+                offset = room // 2
+            else:
+                offset = tf.cast(noise[:2] * tf.cast(room + 1, tf.float32), tf.int32)
+                # Noise just below 1 may round up to the whole.
+                offset = tf.minimum(offset, room)
+        image = tf.slice(image, [offset[0], offset[1], 0], [images.crop, images.crop, channels])
+    if images.mirror and noise is not None:
+        image = tf.where(noise[2] < 0.5, image, image[:, ::-1])
+    return image
+
+
+def _resized(image: tf.Tensor, side: int) -> tf.Tensor:
+    """Returns the image with its shorter side `side` pixels long, bilinearly."""
+    shape = tf.cast(tf.shape(image)[:2], tf.float32)
+    size = tf.cast(tf.round(shape * (side / tf.reduce_min(shape))), tf.int32)
+    return tf.image.resize(image, size)
+
+
+def _asserted(room, size, crop) -> list[tf.Operation]:
+    assertion = tf.debugging.Assert(
+        tf.reduce_all(room >= 0),
+        ["an image of", size, "pixels, too small to cut", crop, "pixels out of it"],
+    )
+    return [] if assertion is None else [assertion]
