@@ -33,15 +33,16 @@ def load(path: Path, variables: Sequence[keras.Variable] = ()) -> dict[str, Any]
         RunError: If the file is no checkpoint, or not one of these variables.
     """
     try:
-        with np.load(path) as arrays:
-            for number, variable in enumerate(variables):
-                array = arrays[str(number)]
-                if array.shape != tuple(variable.shape):
-                    raise RunError(
-                        f"{path} is of another model: variable {number}, {variable.path}, has "
-                        f"shape {tuple(variable.shape)}, in the file {array.shape}."
-                    )
-                variable.assign(array)
-            return json.loads(str(arrays["state"]))
-    except (KeyError, zipfile.BadZipFile, EOFError) as error:
+        with np.load(path) as file:
+            state = json.loads(str(file["state"]))
+            arrays = [file[str(number)] for number in range(len(variables))]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} is not a checkpoint of this model: {error}") from error
+    for variable, array in zip(variables, arrays, strict=True):
+        if array.shape != tuple(variable.shape):
+            raise RunError(
+                f"{path} is of another model: {variable.path} has shape {tuple(variable.shape)}, "
+                f"in the file {array.shape}."
+            )
+        variable.assign(array)
+    return state

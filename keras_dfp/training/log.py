@@ -45,12 +45,14 @@ class Log:
     def epoch(self, history: list[Row]) -> None:
         """Notes an epoch, the last of a run's history."""
         row = history[-1]
-        tqdm.write(
+        line = (
             f"epoch {row['epoch']}/{self.epochs}: "
             f"loss {row['loss']:.4f}, top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}; "
             f"test loss {row['test_loss']:.4f}, top-1 {row['test_top1']:.2%}, "
             f"top-5 {row['test_top5']:.2%}; {row['images_per_second']:.0f} img/s"
         )
+        with tqdm.external_write_mode():
+            print(line, flush=True)
         self._summaries(int(row["step"]), {f"epoch/{key}": value for key, value in row.items()})
         write_csv(self.folder / "log.csv", history)
 

@@ -11,6 +11,8 @@ import tensorflow as tf
 
 from keras_dfp import zoo
 from keras_dfp.layers import LocalResponseNormalization
+from keras_dfp.model_policy import set_model_policy
+from keras_dfp.policy import DFPPolicy
 from keras_dfp.recipe import Recipe
 from keras_dfp.training.errors import DataError, RunError
 from keras_dfp.training.pipeline import Pipeline
@@ -44,16 +46,11 @@ def build(
     if training and settings.recipe.auxiliary_weight:
         options["auxiliary"] = True
     try:
-        model = zoo.load(
-            settings.network, input_shape, classes, policy=policy(settings.policy), **options
-        )
+        return _load(settings, input_shape=input_shape, classes=classes, **options)
     except ValueError as error:
         raise RunError(
             f"Cannot build {settings.network} for images of {input_shape}: {error}"
         ) from error
-    # Settles the policy of the first and the last layer, where it treats them apart.
-    model.compile()
-    return model
 
 
 def pretrained(settings: Settings, weights: str) -> keras.Model:
@@ -67,16 +64,9 @@ def pretrained(settings: Settings, weights: str) -> keras.Model:
         RunError: If there are no such weights, or they do not fit.
     """
     try:
-        model = zoo.load(
-            settings.network,
-            weights=weights,
-            policy=policy(settings.policy),
-            classifier_activation=None,
-        )
+        return _load(settings, weights=weights, classifier_activation=None)
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
-    model.compile()
-    return model
 
 
 def check_classes(model: keras.Model, source: Source) -> None:
@@ -190,6 +180,15 @@ def evaluate(step: Step, pipeline: Pipeline, interrupted: Sequence = ()) -> dict
 def is_kernel(weight: keras.Variable) -> bool:
     """Tells what weight decay is for: what multiplies; not biases, not batch norm."""
     return weight.name.endswith("kernel")
+
+
+def _load(settings: Settings, **options) -> keras.Model:
+    chosen = policy(settings.policy)
+    model = zoo.load(settings.network, policy=chosen, **options)
+    if isinstance(chosen, DFPPolicy):
+        # Settles which are the first convolution and the last dense layer, if they are apart.
+        set_model_policy(model, chosen)
+    return model
 
 
 def _logits(outputs) -> list[tf.Tensor]:

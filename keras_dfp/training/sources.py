@@ -157,7 +157,7 @@ class Records(Source):
         label = features["image/class/label"]
         known = tf.debugging.Assert(
             (label >= 1) & (label <= len(self.classes)),
-            ["image/class/label must be from 1 to", len(self.classes), "got", label],
+            ["image/class/label must be from 1 to", f"{len(self.classes)}, got", label],
         )
         with tf.control_dependencies([known] if known is not None else []):
             label = tf.cast(label - 1, tf.int32)
@@ -279,9 +279,13 @@ def digits() -> tuple[Source, Source]:
 
 
 def reason(error: tf.errors.OpError) -> str:
-    """Returns what went wrong, without TensorFlow's account of where in its graph."""
-    message = error.message.split(" [Op:")[0].split("\n\t [[")[0]
-    return re.sub(r"^\{\{.*?\}\} ", "", message).strip()
+    """Returns what went wrong, without TensorFlow's account of where."""
+    message = re.sub(r"^\{\{.*?\}\} ", "", error.message.split(" [Op:")[0])
+    # What an assertion has to say follows, a line each.
+    _, _, asserted = message.partition("Summarized data: ")
+    if asserted:
+        message = " ".join(re.sub(r"^b'(.*)'$", r"\1", line) for line in asserted.split("\n"))
+    return message.strip()
 
 
 def _split(source: Source, holdout: float) -> tuple[Source, Source]:
