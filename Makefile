@@ -1,10 +1,10 @@
 # What works on a fresh clone: `make train`, `make test`. Variables, for example
-#   make train PYTHON=python3.12 TENSORFLOW=tensorflow TRAIN="lenet --epochs 10 --policy dfp16_paper"
+#   make train PYTHON=python3.12 TENSORFLOW=tensorflow TRAIN="compare lenet --seeds 3"
 # PYTHON and TENSORFLOW matter when .venv is made; `make distclean` removes it.
 
 PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu
-TRAIN ?= lenet
+TRAIN ?= compare lenet
 TEST ?= -m "not slow"
 
 .DEFAULT_GOAL := help
@@ -21,7 +21,7 @@ help:  ## Show this list
 		awk -F'|' '{printf "  %-16s%s\n", $$1, $$2}'
 
 train: build/train.stamp build/native.stamp  ## Train a CNN on handwritten digits, float32 against dfp16
-	$(BIN)/keras-dfp train $(TRAIN)
+	$(BIN)/keras-dfp $(TRAIN)
 
 test: build/dev.stamp build/native.stamp  ## Run the tests (but those marked slow)
 	$(BIN)/python -m pytest $(TEST)

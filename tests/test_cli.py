@@ -1,5 +1,8 @@
 """The command line: what it prints, writes and returns."""
 
+import csv
+import itertools
+import json
 import os
 import re
 import signal
@@ -9,12 +12,14 @@ import sys
 import click
 import keras
 import matplotlib.image
+import numpy as np
 import pytest
+import tensorflow as tf
 from click.testing import CliRunner
-from keras_dfp.cli.files import written_whole
 
 import keras_dfp
 from keras_dfp.cli import main
+from keras_dfp.files import written_whole
 
 
 def run(*arguments, code=0):
@@ -41,10 +46,18 @@ def test_version():
     ("arguments", "message"),
     [
         ((), "Usage:"),
-        (("evaluate",), "No such command 'evaluate'"),
+        (("learn",), "No such command 'learn'"),
+        (("evaluate",), "Missing argument 'RUN'"),
+        (("evaluate", "lenet5", "--weights", "imagenet"), "must be a network of the zoo: alexnet"),
+        (("export", "runs"), "Missing argument 'TARGET'"),
         (("info", "please"), "unexpected extra argument"),
-        (("train", "alexnet"), "'alexnet' is not 'lenet'"),
-        (("train", "--policy", "int8"), "'int8' is not one of 'float32', 'dfp16'"),
+        (("train", "lenet5"), "'lenet5' is not one of 'alexnet', 'googlenet_v1', 'lenet'"),
+        (("train", "alexnet"), "alexnet needs --data: a folder of class folders"),
+        (("train", "--policy", "int8"), "There is no policy 'int8'; there are float32, dfp16"),
+        (("train", "--policy", "dfp16:mantissa_bits=7"), "integer from 8 to 16; got 7"),
+        (("compare", "--policies", "float32,int8"), "There is no policy 'int8'"),
+        (("compare", "--policies", "dfp16,dfp16"), "names a policy twice"),
+        (("compare", "--seeds", "0"), "0 is not in the range x>=1"),
         (("train", "--epochs", "0"), "0 is not in the range x>=1"),
         (("train", "--batch-size", "many"), "'many' is not a valid integer"),
         (("train", "--lr", "0"), "0 is not in the range x>0"),
@@ -101,54 +114,145 @@ def test_describe_what_cannot_be_loaded(tmp_path):
     assert f"Cannot load {path}" in run("describe", str(path), code=1)
 
 
-def test_train(tmp_path):
-    arguments = ("train", "--epochs", "2", "--output", str(tmp_path / "a" / "b"))
-    output = run(*arguments)
-    kernel = keras_dfp.info()["isa"]
-    row = r"{} +2 +\d\.\d+ +\d+\.\d+% +\d+\.\d  {}\n"
-    assert re.search(row.format("float32", "TensorFlow") + row.format("dfp16", kernel), output)
-    files = sorted(os.listdir(tmp_path / "a" / "b"))
-    assert files == ["curves.png", "dfp16.keras", "float32.keras"]
-    assert matplotlib.image.imread(tmp_path / "a" / "b" / "curves.png").shape[:2] == (675, 1650)
-    model = keras.models.load_model(tmp_path / "a" / "b" / "dfp16.keras")
-    assert all(row["format"] for row in keras_dfp.describe(model).rows)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of lenet, and what `train` printed."""
+    folder = tmp_path_factory.mktemp("train") / "a" / "b"
+    return folder, run("train", "--steps", "60", "--output", str(folder))
+
+
+def test_train(trained):
+    folder, output = trained
+    assert "Training lenet under dfp16: 1437 images of 10 classes, 360 to test on" in output
+    assert re.search(r"^epoch 2/2: loss \d\.\d{4}, top-1 \d+\.\d+%.* img/s$", output, re.MULTILINE)
+    assert f"In {folder}: model.keras, log.csv, tensorboard/" in output
+    model = keras.models.load_model(folder / "model.keras")
+    assert "5 of 5 run on integers" in str(keras_dfp.describe(model))
+
+
+def test_train_again(trained):
+    folder, _ = trained
+    arguments = ("train", "--output", str(folder), "--steps")
+    message = f"{folder} holds a run already. --resume goes on with it; --output chooses another"
+    assert message in run(*arguments, "60", code=1)
+    assert "It is finished already." in run(*arguments, "60", "--resume")
+    assert "holds another run: steps is 60, not 61." in run(*arguments, "61", "--resume", code=1)
+
+
+def test_evaluate(trained):
+    folder, output = trained
+    tested = re.search(r"test top-1 (\d+\.\d+%), top-5 (\d+\.\d+%)", output)
+    expected = f"top-1 {tested[1]}, top-5 {tested[2]}\n"
+    output = run("evaluate", str(folder))
+    assert output.startswith("360 images under dfp16: loss ")
+    assert output.endswith(expected)
+    assert "360 images under float32" in run("evaluate", str(folder), "--policy", "float32")
+    assert f"{folder.parent} is not the folder of a run" in run(
+        "evaluate", str(folder.parent), code=1
+    )
+
+
+def test_evaluate_other_weights(trained, tmp_path):
+    folder, output = trained
+    keras.models.load_model(folder / "model.keras").save_weights(tmp_path / "lenet.weights.h5")
+    arguments = ("evaluate", "lenet", "--weights", str(tmp_path / "lenet.weights.h5"))
+    assert run(*arguments).split(": ")[1] == run("evaluate", str(folder)).split(": ")[1]
+    missing = ("evaluate", "lenet", "--weights", "nowhere.h5")
+    assert "there is no file 'nowhere.h5'" in run(*missing, code=1)
+    assert "There are no trained weights of 'lenet'" in run(
+        "evaluate", "lenet", "--weights", "imagenet", code=1
+    )
+
+
+def test_export(trained, tmp_path):
+    folder, _ = trained
+    run("export", str(folder), str(tmp_path / "plain.keras"))
+    run("export", str(folder), str(tmp_path / "saved"))
+    assert sorted(os.listdir(tmp_path)) == ["plain.keras", "saved"]
+    assert "0 of 5 run on integers" in run("describe", str(tmp_path / "plain.keras"))
+    assert "exists already" in run("export", str(folder), str(tmp_path / "saved"), code=1)
+    assert "There is no folder" in run("export", str(folder), "nowhere/a.keras", code=1)
+    message = "is not the folder of a run"
+    assert message in run("export", str(tmp_path), str(tmp_path / "b.keras"), code=1)
+
+
+def test_compare(tmp_path):
+    arguments = ["compare", "--epochs", "1", "--output", str(tmp_path / "out"), "--policies"]
+    output = run(*arguments, "float32,dfp16:mantissa_bits=8")
+    assert output.count("\nepoch 1/1: ") == 2
+    files = {"results.csv", "results.json", "results.md", "curves.png"}
+    assert set(os.listdir(tmp_path / "out")) == {*files, "seed1"}
+    assert sorted(os.listdir(tmp_path / "out" / "seed1")) == ["dfp16-mantissa_bits=8", "float32"]
+    assert (tmp_path / "out" / "results.md").read_text() in output
+    size = matplotlib.image.imread(tmp_path / "out" / "curves.png").shape[:2]
+    assert size == (675, 1650)
+
+    # More of it: what is there is kept.
+    output = run(*arguments, "float32,dfp16:mantissa_bits=8,dfp16", "--seeds", "2")
+    assert output.count("finished already") == 2
+    assert output.count("\nepoch 1/1: ") == 4
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["policy"], r["runs"], r["pairs"]) for r in results["summary"]] == [
+        ("float32", 2, 0),
+        ("dfp16:mantissa_bits=8", 2, 2),
+        ("dfp16", 2, 2),
+    ]
+    assert len(results["runs"][0]["losses"]["means"]) == 44
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, summary in zip(rows, results["summary"], strict=True):
+        assert float(row["test_top1"]) == summary["test_top1"]
 
 
 @pytest.mark.slow
-def test_train_learns_the_digits(tmp_path):
-    output = run("train", "--output", str(tmp_path))
-    accuracies = re.findall(r"^(?:float32|dfp16) .* (\d+\.\d+)%", output, re.MULTILINE)
+def test_digits_are_learnt_under_both_policies(tmp_path):
+    output = run("compare", "--output", str(tmp_path))
+    accuracies = re.findall(r"^\| (?:float32|dfp16) .* (\d+\.\d+)% ", output, re.MULTILINE)
     assert len(accuracies) == 2
     assert min(map(float, accuracies)) >= 98
 
 
-def test_train_where_nothing_can_be_written(tmp_path):
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_where_nothing_can_be_written(command, tmp_path):
     (tmp_path / "file").touch()
-    assert "is a file" in run("train", "--output", str(tmp_path / "file"), code=2)
+    assert "is a file" in run(command, "--output", str(tmp_path / "file"), code=2)
     below = str(tmp_path / "file" / "folder")
     assert f"Cannot write to --output {below}: Not a directory" in run(
-        "train", "--output", below, code=1
+        command, "--output", below, code=1
     )
 
 
-def test_train_without_its_packages(monkeypatch):
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_data_that_are_not_there(command, tmp_path):
+    output = str(tmp_path / "out")
+    arguments = (command, "resnet20", "--data", str(tmp_path / "nowhere"), "--output", output)
+    assert f"Error: There is no folder {tmp_path / 'nowhere'}." in run(*arguments, code=1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bad_image_stops_or_is_skipped(tmp_path):
+    random = np.random.default_rng(0)
+    for part, name, number in itertools.product(("train", "test"), ("a", "b"), range(4)):
+        folder = tmp_path / "data" / part / name
+        folder.mkdir(parents=True, exist_ok=True)
+        image = random.integers(0, 256, (8, 8, 1)).astype("uint8")
+        (folder / f"{number}.png").write_bytes(tf.io.encode_png(image).numpy())
+    bad = tmp_path / "data" / "train" / "b" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    train = ("train", "--data", str(tmp_path / "data"), "--batch-size", "4", "--epochs", "2")
+    train += ("--output", str(tmp_path / "run"))
+    assert f"Error: Cannot read {bad}: " in run(*train, code=1)
+    assert not (tmp_path / "run" / "model.keras").exists()
+    train = (*train[:-1], str(tmp_path / "skipping"), "--skip-bad-images")
+    with pytest.warns(UserWarning, match=f"Skipped. Cannot read {bad}: "):
+        assert "epoch 2/2: " in run(*train)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "export"])
+def test_without_its_packages(command, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'keras-dfp[train]'" in run("train", code=1)
-
-
-def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
-    def interrupted_save(self, path):
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    (tmp_path / "float32.keras").write_text("from before")
-    monkeypatch.setattr(keras.Model, "save", interrupted_save)
-    output = run(
-        "train", "--policy", "float32", "--epochs", "1", "--output", str(tmp_path), code=130
-    )
-    assert "Interrupted." in output
-    assert os.listdir(tmp_path) == ["float32.keras"]
-    assert (tmp_path / "float32.keras").read_text() == "from before"
+    arguments = {"evaluate": ("x",), "export": ("x", "y")}.get(command, ())
+    assert "pip install 'keras-dfp[train]'" in run(command, *arguments, code=1)
 
 
 def test_written_whole(tmp_path):
@@ -168,17 +272,19 @@ def test_written_whole(tmp_path):
 def test_ctrl_c(tmp_path):
     command = [sys.executable, "-m", "keras_dfp", "train", "--epochs", "100000"]
     with subprocess.Popen(
-        [*command, "--output", str(tmp_path)],
+        [*command, "--output", str(tmp_path / "run")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         for line in process.stdout:
-            if line.startswith("Epoch 2/"):
+            if line.startswith("epoch 2/"):
                 process.send_signal(signal.SIGINT)
                 break
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.endswith("\nInterrupted.\n")
+    stopped = re.search(r"\nStopped after step (\d+); --resume goes on.\n\nInterrupted.\n$", errors)
     assert "Traceback" not in errors
-    assert os.listdir(tmp_path) == []
+    with np.load(tmp_path / "run" / "checkpoint.npz") as checkpoint:
+        assert json.loads(str(checkpoint["state"]))["step"] == int(stopped[1])
+    assert int(stopped[1]) >= 2 * 44

@@ -87,6 +87,8 @@ def plain(model: keras.Model, settings: Settings) -> keras.Model:
         return layer(*args, **kwargs)
 
     ours = deployable(model, dataclasses.replace(settings, policy="float32"))
+    if not any(isinstance(layer, LocalResponseNormalization) for layer in ours.layers):
+        return ours
     used = keras.models.clone_model(ours, call_function=call)
     used.set_weights(ours.get_weights())
     return used
