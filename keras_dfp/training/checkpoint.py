@@ -21,7 +21,7 @@ def save(path: Path, variables: Sequence[keras.Variable], state: dict[str, Any])
     The order and not the names identify variables, because Keras counts up the names of layers
     that have none with every model.
     """
-    arrays = {str(number): variable.numpy() for number, variable in enumerate(variables)}
+    arrays = {str(number): variable.value.numpy() for number, variable in enumerate(variables)}
     with written_whole(path) as temporary:
         np.savez(temporary, state=json.dumps(state), **arrays)
 

@@ -56,11 +56,7 @@ class Pipeline:
         return len(self.source) // self.batch_size
 
     def image_shape(self) -> tuple[int, int, int]:
-        """Returns height, width and channels of what the network gets."""
-        crop = self.images.crop
-        if crop is not None:
-            return crop, crop, len(self.images.mean)
-        # Whole images, which must all be of one size: that of the first.
+        """Returns height, width and channels of what the network gets, from the first images."""
         images, _ = next(self.evaluation())
         return tuple(images.shape[1:])
 
@@ -164,16 +160,19 @@ def prepare(
     Returns:
         float32, height x width x channels; `crop` x `crop` where the recipe has one.
     """
-    channels = len(images.mean)
+    channels, shape = len(images.mean), tf.shape(image)
     if images.resize is not None:
         image = _resized(image, images.resize)
     image = normalize(image)
     if images.pad and noise is not None:
         image = tf.pad(image, [[images.pad] * 2, [images.pad] * 2, [0, 0]])
     if images.crop is not None:
-        size = tf.shape(image)[:2]
-        room = size - images.crop
-        with tf.control_dependencies(_asserted(room, size, images.crop)):
+        room = tf.shape(image)[:2] - images.crop
+        enough = tf.debugging.Assert(
+            tf.reduce_all(room >= 0),
+            [f"too small to cut {images.crop}x{images.crop} pixels out of it:", shape],
+        )
+        with tf.control_dependencies([] if enough is None else [enough]):
             if noise is None:
                 offset = room // 2
             else:
@@ -191,11 +190,3 @@ def _resized(image: tf.Tensor, side: int) -> tf.Tensor:
     shape = tf.cast(tf.shape(image)[:2], tf.float32)
     size = tf.cast(tf.round(shape * (side / tf.reduce_min(shape))), tf.int32)
     return tf.image.resize(image, size)
-
-
-def _asserted(room, size, crop) -> list[tf.Operation]:
-    assertion = tf.debugging.Assert(
-        tf.reduce_all(room >= 0),
-        ["an image of", size, "pixels, too small to cut", crop, "pixels out of it"],
-    )
-    return [] if assertion is None else [assertion]

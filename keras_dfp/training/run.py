@@ -2,7 +2,7 @@
 
 A run lives in a folder:
 
-    run.json          what it is: settings, classes, versions
+    run.json          what it is: settings, classes, number of images, versions
     checkpoint.npz    how far it has come; everything it needs to go on
     log.csv           a line for each epoch
     tensorboard/      loss and learning rate over the steps, results over the epochs
@@ -118,7 +118,9 @@ class Run:
         )
         self._test_step = network.test_step(self.model)
         self.progress = Progress()
-        self._open(resume, {"input_shape": list(shape), "classes": classes})
+        self._open(
+            resume, {"input_shape": list(shape), "classes": classes, "images": [*map(len, data)]}
+        )
 
     @property
     def finished(self) -> bool:
@@ -192,8 +194,9 @@ class Run:
         different = [
             f"{key} is {known['settings'].get(key)}, not {value}"
             for key, value in this["settings"].items()
-            if known["settings"].get(key) != value
-        ] + [f"{key} differ" for key in model if known[key] != this[key]]
+            # The same images may lie elsewhere now.
+            if key != "data" and known["settings"].get(key) != value
+        ] + [f"it has other {key}" for key in model if known[key] != this[key]]
         if different:
             raise RunError(f"{self.folder} holds another run: {'; '.join(different)}.")
         # What a process that was killed while it wrote has left.
