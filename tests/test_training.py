@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -488,6 +489,34 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     assert not (tmp_path / "model.keras").exists()
     again = Run(settings, tmp_path, settings.find_data(), resume=True)
     assert again.progress.diverged == run.progress.diverged
+
+
+def test_ctrl_c_while_testing(tmp_path, monkeypatch):
+    evaluate = network.evaluate
+
+    def interrupted_evaluate(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*arguments)
+
+    settings = digits()
+    run = Run(settings, tmp_path, settings.find_data())
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "evaluate", interrupted_evaluate)
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    again = Run(settings, tmp_path, settings.find_data(), resume=True)
+    assert (again.progress.step, again.progress.history) == (44, [])
+    again.train()
+    assert again.progress.losses[:44] == run.progress.losses
+    assert [row["step"] for row in again.progress.history] == [44, 50]
+
+
+def test_the_paper_s_policy_spares_the_first_and_the_last_layer(tmp_path):
+    settings = digits(policy="dfp16_paper")
+    run = Run(settings, tmp_path, settings.find_data())
+    layers = [layer for layer in run.model.layers if layer.weights]
+    on_integers = [layer.dtype_policy.decide(layer).format is not None for layer in layers]
+    assert on_integers == [False, True, True, True, False]
 
 
 def test_batches_larger_than_the_data(tmp_path):
