@@ -467,6 +467,16 @@ def test_a_folder_holds_one_run(finished):
     assert Run(digits(), finished.folder, data, resume=True).finished
 
 
+def test_a_run_killed_after_its_last_checkpoint_is_completed(finished, tmp_path):
+    for name in ("run.json", "checkpoint.npz"):
+        (tmp_path / name).write_bytes((finished.folder / name).read_bytes())
+    Run(digits(), tmp_path, digits().find_data(), resume=True).train()
+    files = ["checkpoint.npz", "log.csv", "model.keras", "run.json"]
+    assert sorted(os.listdir(tmp_path)) == files
+    for name in ("checkpoint.npz", "log.csv"):
+        assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
 def test_a_checkpoint_of_something_else(finished, tmp_path):
     for name in ("run.json", "checkpoint.npz"):
         (tmp_path / name).write_bytes((finished.folder / name).read_bytes())

@@ -31,7 +31,7 @@ from keras_dfp.files import written_whole
 from keras_dfp.recipe import Plateau
 from keras_dfp.training import checkpoint, network
 from keras_dfp.training.errors import DataError, RunError
-from keras_dfp.training.log import Log, Row
+from keras_dfp.training.log import Log, Row, write_csv
 from keras_dfp.training.network import Stopped
 from keras_dfp.training.pipeline import Pipeline
 from keras_dfp.training.schedule import Plateaus, learning_rate
@@ -141,8 +141,15 @@ class Run:
                 second Ctrl-C does not wait.
             DataError: If an image cannot be read and is not to be skipped.
         """
-        if self.finished:
-            return
+        if not self.finished:
+            self._train(checkpoint_steps)
+        # Also when the run was killed just before.
+        target = self.folder / "model.keras"
+        if self.progress.diverged is None and not target.exists():
+            with written_whole(target) as path:
+                network.deployable(self.model, self.settings).save(path)
+
+    def _train(self, checkpoint_steps: int) -> None:
         size = self.settings.batch_size
         log = Log(self.folder, self.epochs, self.steps * size, self.progress.step * size)
         with _deferred_interrupt() as interrupted, contextlib.closing(log):
@@ -156,15 +163,14 @@ class Run:
                             self.save()
                     if self.progress.diverged is None:
                         self._end_epoch(interrupted)
-                        self.save()
                         log.epoch(self.progress.history)
-            except (Stopped, DataError) as error:
+                    self.save()
+            except DataError:
                 self.save()
-                raise KeyboardInterrupt if isinstance(error, Stopped) else error from None
-        self.save()
-        if self.progress.diverged is None:
-            with written_whole(self.folder / "model.keras") as path:
-                network.deployable(self.model, self.settings).save(path)
+                raise
+            except Stopped:
+                self.save()
+                raise KeyboardInterrupt from None
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -178,6 +184,9 @@ class Run:
     def _open(self, resume: bool, model: dict[str, Any]) -> None:
         """Goes on with the run in the folder, or starts one."""
         this = {"settings": dataclasses.asdict(self.settings), **model}
+        # What a process that was killed while it wrote has left.
+        for folder in self.folder.glob(".writing-*"):
+            shutil.rmtree(folder)
         if not (self.folder / "run.json").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             versions = {
@@ -199,15 +208,14 @@ class Run:
         ] + [f"it has other {key}" for key in model if known[key] != this[key]]
         if different:
             raise RunError(f"{self.folder} holds another run: {'; '.join(different)}.")
-        # What a process that was killed while it wrote has left.
-        for folder in self.folder.glob(".writing-*"):
-            shutil.rmtree(folder)
         if (self.folder / "checkpoint.npz").exists():
             state = checkpoint.load(
                 self.folder / "checkpoint.npz", [*self.model.variables, *self.optimizer.variables]
             )
             self.progress = Progress.from_dict(state)
             self.training.bad, self.test.bad = map(set, self.progress.bad)
+            if self.progress.history:
+                write_csv(self.folder / "log.csv", self.progress.history)
 
     @property
     def _epoch_is_open(self) -> bool:
