@@ -19,7 +19,7 @@ from keras_dfp.benchmarks import report, roofline
 from keras_dfp.benchmarks.networks import BATCHES, IMAGE_SIZES, NETWORKS
 from keras_dfp.benchmarks.products import DTYPES
 from keras_dfp.benchmarks.run import SCHEMA, measure
-from keras_dfp.cli.files import written_whole
+from keras_dfp.files import written_whole
 
 POLICIES = ("float32", "mixed_bfloat16", "dfp16", "dfp16_paper")
 
