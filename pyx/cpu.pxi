@@ -64,7 +64,7 @@ cdef extern from "microkernels/table.h" nogil:
         void (*multiply)(const dfp_digit_tile*, dfp_digit_rows*) noexcept nogil
         void (*finish)(dfp_digit_rows*) noexcept nogil
         void (*finish_transposed)(const dfp_digit_rows*, int64_t) noexcept nogil
-    const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_SUMS, DFP_DIGIT_K_3, DFP_DIGIT_K_4
+    const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_K_3, DFP_DIGIT_K_4
     ctypedef struct dfp_kernel:
         const char* isa
         int mr, nr
