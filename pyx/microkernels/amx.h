@@ -107,12 +107,17 @@ AMX_TARGET static inline __attribute__((always_inline)) void amx_transpose(__m51
     }
 }
 
+/* Column c of a row, as a number where the row is missing: nothing may be added to NULL. */
+static inline const int16_t *amx_column(const int16_t *row, int64_t c) {
+    return (const int16_t *)((uintptr_t)row + (uintptr_t)c * sizeof *row);
+}
+
 /* Digits (high, low) of a row of 32 mantissas, as int16. */
 typedef struct { __m512i high, low; } amx_row;
 AMX_TARGET static inline __attribute__((always_inline)) amx_row
 amx_split_row(const int16_t *row, int64_t c, __mmask32 columns, int products) {
     amx_row r;
-    const __m512i q = _mm512_maskz_loadu_epi16(row ? columns : 0, row + c);
+    const __m512i q = _mm512_maskz_loadu_epi16(row ? columns : 0, amx_column(row, c));
     if (products == 3) {
         r.high = _mm512_srai_epi16(_mm512_add_epi16(q, _mm512_set1_epi16(64)), 7);
         r.low = _mm512_sub_epi16(q, _mm512_slli_epi16(r.high, 7));
@@ -167,7 +172,8 @@ amx_columns_of_rows(const int16_t *const *rows, int64_t c, int64_t n, int natura
     for (int g = 0; g < 16; g++) {
         const int16_t *const *r = rows + (natural ? 4 * g : amx_group(g));
         /* The next panel's: rows are too far apart for the hardware to see it coming. */
-        for (int i = 0; i < 4; i++) _mm_prefetch((const char *)(r[i] + c + 32), _MM_HINT_T1);
+        for (int i = 0; i < 4; i++)
+            _mm_prefetch((const char *)amx_column(r[i], c + 32), _MM_HINT_T1);
         amx_store_group(amx_pair(amx_split_row(r[0], c, columns, products),
                                  amx_split_row(r[1], c, columns, products), products),
                         amx_pair(amx_split_row(r[2], c, columns, products),

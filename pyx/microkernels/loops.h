@@ -37,6 +37,8 @@ TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, f
         for (int k = 0; k < BLOCK; k += 2 * LANES)
             F_STREAM((float *)(q + i + k), F_LOADU((const float *)(block + k)));
     }
+#else
+    (void)stream; /* a permission, which is not used */
 #endif
     DFP_CAT(quantize_block__, ISA)(x + i, n - i, factor, factor2, qmax, truncate, q + i);
 }

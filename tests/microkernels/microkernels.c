@@ -220,7 +220,7 @@ static void check_rounding(void) {
 
 /* ---- Quantise, interleave -------------------------------------------------------------------- */
 
-enum { MAX_N = 300 };
+enum { MAX_N = 300, MAX_LONG = 5000 };
 
 static float any_float(void) {
     static const float special[] = {0.0f, -0.0f, 0.5f, -1.5f, 2.5f, 3.4028235e38f, -3.4028235e38f,
@@ -233,24 +233,86 @@ static float any_float(void) {
 }
 
 static void check_quantize(void) {
-    static float x[MAX_N];
-    static int16_t q[MAX_N + 1];
-    const int64_t n = between(0, MAX_N);
+    static float x[MAX_LONG];
+    static int16_t space[MAX_LONG + 33] __attribute__((aligned(64)));
+    const int stream = word() % 2;
+    const int64_t n = word() % 16 ? between(0, MAX_N) : between(0, MAX_LONG);
     const int power = word() % 2 ? between(-2, 2) : between(-252, 252);
     const int power1 = power > 126 ? 126 : power < -126 ? -126 : power;
     const int qmax = (1 << between(7, 15)) - 1, truncate = word() % 2;
+    int16_t *const q = space + (stream ? 32 : between(1, 32));
     for (int i = 0; i < n; i++) x[i] = any_float();
-    q[n] = 12345;
+    q[-1] = q[n] = 12345;
     kernel->quantize(x, n, ldexpf(1.0f, power1), ldexpf(1.0f, power - power1), (float)qmax,
-                     truncate, q);
+                     truncate, stream, q);
     for (int i = 0; i < n; i++) {
         double v = ldexp(x[i], power);
         v = truncate ? trunc(v) : nearbyint(v);
         v = v > qmax ? qmax : v < -qmax ? -qmax : v;
-        CHECK(q[i] == (int)v, "%a * 2**%d, qmax %d, truncate %d: got %d, expected %d", x[i], power,
-              qmax, truncate, q[i], (int)v);
+        CHECK(q[i] == (int)v, "%a * 2**%d, qmax %d, truncate %d, stream %d: got %d, expected %d",
+              x[i], power, qmax, truncate, stream, q[i], (int)v);
     }
-    CHECK(q[n] == 12345, "wrote beyond the end");
+    CHECK(q[-1] == 12345 && q[n] == 12345, "wrote beyond an end");
+}
+
+/* Philox4x32-10: the four words of a counter. */
+static void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; round++) {
+        const uint64_t a = (uint64_t)counter[0] * 0xD2511F53u;
+        const uint64_t b = (uint64_t)counter[2] * 0xCD9E8D57u;
+        counter[0] = (uint32_t)(b >> 32) ^ counter[1] ^ key0;
+        counter[2] = (uint32_t)(a >> 32) ^ counter[3] ^ key1;
+        counter[1] = (uint32_t)b, counter[3] = (uint32_t)a;
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+}
+
+/* The statement above, by the published vectors. */
+static void check_philox(void) {
+    uint32_t pi[4] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, zeros[4] = {0};
+    static const uint32_t of_pi[4] = {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1};
+    static const uint32_t of_zeros[4] = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
+    philox(pi, 0xa4093822, 0x299f31d0);
+    philox(zeros, 0, 0);
+    CHECK(!memcmp(pi, of_pi, sizeof pi) && !memcmp(zeros, of_zeros, sizeof zeros),
+          "other words than published");
+}
+
+static void check_stochastic(void) {
+    static float x[MAX_LONG];
+    static double u[MAX_LONG];
+    static int16_t space[MAX_LONG + 2];
+    int16_t *const q = space + 1;
+    const int64_t n = word() % 16 ? between(0, MAX_N) : between(0, MAX_LONG);
+    /* Both halves of the counter's words count. */
+    const int64_t index = (word() % 2 ? between(0, 1000) : (int64_t)word() << between(0, 28)) * 4;
+    const uint64_t step = (uint64_t)word() << 32 | word();
+    const uint32_t key[2] = {word(), word()};
+    const int power = word() % 2 ? between(-12, 2) : between(-163, 190);
+    const int qmax = (1 << between(7, 15)) - 1;
+    for (int i = 0; i < n; i++) {
+        const uint64_t block = (uint64_t)(index + i) / 4;
+        uint32_t words[4] = {(uint32_t)block, (uint32_t)(block >> 32), (uint32_t)step,
+                             (uint32_t)(step >> 32)};
+        philox(words, key[0], key[1]);
+        u[i] = ldexp(words[i % 4] >> 8, -24);
+        x[i] = any_float();
+        /* Where the sum is 0 or 1, or just not. */
+        if (power > -100 && word() % 4 == 0)
+            x[i] = (float)ldexp(word() % 2 - u[i] - word() % 2 * ldexp(1.0, -24), -power);
+    }
+    q[-1] = q[n] = 12345;
+    kernel->stochastic(x, n, index, ldexp(1.0, power), qmax, key, step, q);
+    for (int i = 0; i < n; i++) {
+        /* floor(v + u) without the sum, which may not fit a double: whole part and rest are exact,
+         * and so is 1 - u. */
+        const double v = ldexp(x[i], power), whole = trunc(v);
+        double expected = v < 0 ? whole - (u[i] < whole - v) : whole + (v - whole >= 1 - u[i]);
+        expected = expected > qmax ? qmax : expected < -qmax ? -qmax : expected;
+        CHECK(q[i] == (int)expected, "%a * 2**%d + %a, qmax %d: got %d, expected %d", x[i], power,
+              u[i], qmax, q[i], (int)expected);
+    }
+    CHECK(q[-1] == 12345 && q[n] == 12345, "wrote beyond an end");
 }
 
 static void check_absmax(void) {
@@ -262,7 +324,8 @@ static void check_absmax(void) {
         memcpy(&x[i], &bits, sizeof bits);
         if ((bits & 0x7fffffffu) > most) most = bits & 0x7fffffffu;
     }
-    CHECK(kernel->absmax_bits(x, n) == most, "got %x, expected %x", kernel->absmax_bits(x, n), most);
+    const uint32_t got = kernel->absmax_bits(x, n);
+    CHECK(got == most, "got %x, expected %x", got, most);
 }
 
 static void check_interleave(void) {
@@ -286,27 +349,139 @@ static void check_interleave(void) {
 
 /* ---- Depthwise ------------------------------------------------------------------------------- */
 
-enum { MAX_TERMS = 40, MAX_CHANNELS = 110 };
+enum {
+    MAX_TERMS = 40,
+    MAX_CHANNELS = 112,
+    MAX_SPAN = 16 * 140,                    /* steps of a patch, together */
+    MANY_TERMS = 140000,                    /* at 16 bits, beyond 2**47 */
+    PATCH_Y = 2 * 3 * 9 * (MAX_CHANNELS + 40),
+};
 
-static void check_depthwise(void) {
+static int16_t x_space[4 * MAX_SPAN], w_space[MAX_TERMS][MAX_CHANNELS];
+static int16_t dy_space[PATCH_Y];
+static float y_space[PATCH_Y] __attribute__((aligned(64)));
+static float y_expected[PATCH_Y];
+static const int16_t *x_rows[MANY_TERMS], *w_rows[MANY_TERMS];
+
+/* Strides, and data that they reach, up to the last element; `aligned` to so many floats of y. */
+static void fill_patch(dfp_patch *t, int aligned, enum data kind, int qa, int qb) {
+    t->n = (between(1, MAX_CHANNELS) + aligned - 1) / aligned * aligned;
+    t->items = t->rows = 1;
+    if (t->terms <= MAX_TERMS) t->items = between(1, 2), t->rows = between(1, 3);
+    t->pixels = between(1, 9);
+    t->x_item = between(0, 500), t->x_row = between(0, 300), t->x_step = between(0, 130);
+    t->y_step = t->n + aligned * between(0, 20 / aligned);
+    t->y_row = t->pixels * t->y_step;
+    t->y_item = t->rows * t->y_row;
+    const int64_t reach = (t->items - 1) * t->x_item + (t->rows - 1) * t->x_row +
+                          (t->pixels - 1) * t->x_step + t->n;
+    const int64_t space = sizeof x_space / sizeof *x_space;
+    for (int64_t i = 0; i < space; i++) x_space[i] = mantissa(kind, qa);
+    for (int k = 0; k < MAX_TERMS; k++)
+        for (int c = 0; c < t->n; c++) w_space[k][c] = mantissa(kind, qb);
+    for (int64_t k = 0; k < t->terms; k++) {
+        x_rows[k] = x_space + (word() % 4 ? between(0, space - reach) : space - reach);
+        w_rows[k] = w_space[k % MAX_TERMS];
+    }
+    t->x = x_rows;
+    t->w = w_rows;
+}
+
+#define EACH_PIXEL(t)                                                            \
+    for (int64_t m = 0; m < (t)->items; m++)                                     \
+        for (int64_t h = 0; h < (t)->rows; h++)                                  \
+            for (int64_t p = 0; p < (t)->pixels; p++)
+
+static int64_t at_x(const dfp_patch *t, int64_t m, int64_t h, int64_t p) {
+    return m * t->x_item + h * t->x_row + p * t->x_step;
+}
+
+static int64_t at_y(const dfp_patch *t, int64_t m, int64_t h, int64_t p) {
+    return m * t->y_item + h * t->y_row + p * t->y_step;
+}
+
+static void check_patch(int64_t terms, int qa, int qb, enum data kind) {
+    const int64_t product = (int64_t)qa * qb, limit = (INT32_MAX - 65535) / product / 2;
+    dfp_patch t = {.terms = terms, .stream = word() % 4 == 0};
+    fill_patch(&t, t.stream ? 16 : 1, kind, qa, qb);
+    t.chain = word() % 2 ? limit : between(1, limit);
+    if (word() % 4 == 0 && terms <= INT32_MAX / product) t.chain = (terms + 1) / 2 + 1;
+    t.fresh = between(0, terms);
+    t.fresh_end = between(t.fresh, terms);
+    t.careful = terms >= ((int64_t)1 << 47) / product || word() % 4 == 0;
+    const int exponent = t.careful ? between(-326, 242) : between(-126, 127);
+    t.scale = ldexp(1.0, exponent);
+    t.y = y_space + (t.stream ? 16 : between(0, 20));
+    for (int i = 0; i < PATCH_Y; i++) y_space[i] = y_expected[i] = float_of(0x7fc0dead);
+    EACH_PIXEL(&t)
+        for (int64_t c = 0; c < t.n; c++) {
+            int64_t sum = 0;
+            for (int64_t k = 0; k < terms; k++)
+                sum += (int64_t)t.x[k][at_x(&t, m, h, p) + c] * t.w[k][c];
+            y_expected[t.y - y_space + at_y(&t, m, h, p) + c] = rounded(sum, exponent);
+        }
+    kernel->depthwise_patch(&t);
+    for (int i = 0; i < PATCH_Y; i++)
+        CHECK(bits_of(y_space[i]) == bits_of(y_expected[i]),
+              "%d terms, chain %d, %d channels, careful %d, y[%d]: got %a, expected %a", (int)terms,
+              (int)t.chain, (int)t.n, t.careful, i - (int)(t.y - y_space), y_space[i],
+              y_expected[i]);
+}
+
+static void check_patches(void) {
+    for (int i = 0; i < 300; i++)
+        check_patch(between(0, MAX_TERMS), (1 << between(7, 15)) - 1, (1 << between(7, 15)) - 1,
+                    word() % KINDS);
+    check_patch(MANY_TERMS / 2, 32767, 32767, LARGEST);
+    check_patch(MANY_TERMS, 32767, 32767, LARGEST);
+}
+
+static void check_dots(void) {
+    static int64_t sums[MAX_TERMS][MAX_CHANNELS + 1], expected[MAX_TERMS][MAX_CHANNELS + 1];
+    int64_t *rows[MAX_TERMS];
+    const int qa = (1 << between(7, 15)) - 1, qb = (1 << between(7, 15)) - 1;
+    const int64_t limit = (INT32_MAX - 65535) / ((int64_t)qa * qb) / 2;
+    const enum data kind = word() % KINDS;
+    dfp_patch t = {.terms = between(0, MAX_TERMS), .sums = rows};
+    fill_patch(&t, 1, kind, qa, qb);
+    t.chain = word() % 2 ? limit : between(1, limit);
+    t.dy = dy_space + PATCH_Y - (at_y(&t, t.items - 1, t.rows - 1, t.pixels - 1) + t.n);
+    for (int i = 0; i < PATCH_Y; i++) dy_space[i] = mantissa(kind, qb);
+    for (int k = 0; k < MAX_TERMS; k++) {
+        rows[k] = sums[k];
+        for (int c = 0; c <= MAX_CHANNELS; c++)
+            sums[k][c] = expected[k][c] = near_tie(between(24, 61));
+    }
+    for (int k = 0; k < t.terms; k++)
+        EACH_PIXEL(&t)
+            for (int64_t c = 0; c < t.n; c++)
+                expected[k][c] += (int64_t)t.x[k][at_x(&t, m, h, p) + c] *
+                                  t.dy[at_y(&t, m, h, p) + c];
+    kernel->depthwise_dots(&t);
+    for (int k = 0; k < MAX_TERMS; k++)
+        for (int c = 0; c <= MAX_CHANNELS; c++)
+            CHECK(sums[k][c] == expected[k][c],
+                  "term %d of %d, chain %d, channel %d of %d: got %lld, expected %lld", k,
+                  (int)t.terms, (int)t.chain, c, (int)t.n, (long long)sums[k][c],
+                  (long long)expected[k][c]);
+}
+
+static void check_depthwise_spill(void) {
     static int16_t x[MAX_TERMS][MAX_CHANNELS], w[MAX_TERMS][MAX_CHANNELS];
     const int16_t *xs[MAX_TERMS], *ws[MAX_TERMS];
-    static int64_t wide[MAX_CHANNELS], exact[MAX_CHANNELS];
-    static float floats[MAX_CHANNELS], sums[MAX_CHANNELS], y[MAX_CHANNELS + 1];
-    const int spill = word() % 2, exponent = between(-190, 90), parts = between(1, 3);
+    static float carried[MAX_CHANNELS + 1], sums[MAX_CHANNELS], y[MAX_CHANNELS + 1];
+    const int exponent = between(-190, 90), parts = between(1, 3), present = between(0, 3);
     const int qa = (1 << between(7, 15)) - 1, qb = (1 << between(7, 15)) - 1;
     const int64_t limit = INT32_MAX / ((int64_t)qa * qb), n = between(1, MAX_CHANNELS);
     const enum data kind = word() % KINDS;
-    const int present = between(0, 3);
-    dfp_terms t = {.x = xs, .w = ws, .n = n, .resume = word() % 2, .scale = ldexp(1.0, exponent)};
+    dfp_terms t = {.x = xs, .w = ws, .n = n, .resume = word() % 2, .sums = carried,
+                   .scale = ldexp(1.0, exponent)};
     t.chain = word() % 2 ? limit : between(1, limit);
-    t.wide = spill ? NULL : wide;
-    t.floats = spill ? floats : NULL;
     for (int c = 0; c < n; c++) {
-        wide[c] = exact[c] = near_tie(between(24, 61));
-        floats[c] = sums[c] = (float)(int32_t)word();
-        if (!t.resume) exact[c] = 0, sums[c] = 0.0f;
+        carried[c] = (float)(int32_t)word();
+        sums[c] = t.resume ? carried[c] : 0.0f;
     }
+    carried[n] = y[n] = 12345.0f;
     for (int part = 0; part < parts; part++) {
         t.segment = between(1, MAX_TERMS);
         t.terms = between(0, MAX_TERMS);
@@ -320,24 +495,313 @@ static void check_depthwise(void) {
             for (int k = 0; k < t.terms; k++) {
                 chain += xs[k] ? (int64_t)x[k][c] * w[k][c] : 0;
                 if (++length == t.chain || (k + 1) % t.segment == 0 || k + 1 == t.terms) {
-                    exact[c] += chain;
                     sums[c] += (float)chain;
                     chain = length = 0;
                 }
             }
         }
         t.y = part == parts - 1 ? y : NULL;
-        y[n] = 12345.0f;
-        kernel->depthwise(&t);
+        kernel->depthwise_spill(&t);
         t.resume = 1;
-        for (int c = 0; c < n && t.y; c++) {
-            const float expected =
-                spill ? (float)ldexp(sums[c], exponent) : rounded(exact[c], exponent);
-            CHECK(bits_of(y[c]) == bits_of(expected), "spill %d, channel %d of %d: got %a, expected %a",
-                  spill, c, (int)n, y[c], expected);
+        for (int c = 0; c < n; c++) {
+            const float got = t.y ? y[c] : carried[c];
+            const float expected = t.y ? (float)ldexp(sums[c], exponent) : sums[c];
+            CHECK(bits_of(got) == bits_of(expected), "channel %d of %d: got %a, expected %a", c,
+                  (int)n, got, expected);
         }
-        CHECK(y[n] == 12345.0f, "wrote beyond the end");
+        CHECK(carried[n] == 12345.0f && y[n] == 12345.0f, "wrote beyond the end");
     }
+}
+
+/* Any int64, also where the result is subnormal, zero or infinite. */
+static void check_round(void) {
+    const int64_t end = word() % 2 ? INT64_MAX : INT64_MIN;
+    const int64_t sum = word() % 16 ? near_tie(between(24, 61)) : end;
+    const int exponent = between(-326, 242);
+    const float got = dfp_round(sum, ldexp(1.0, exponent)), expected = rounded(sum, exponent);
+    CHECK(bits_of(got) == bits_of(expected), "%lld * 2**%d: got %a, expected %a", (long long)sum,
+          exponent, got, expected);
+}
+
+/* ---- Statistics ------------------------------------------------------------------------------ */
+
+static int same(double a, double b) { return a == b || (isnan(a) && isnan(b)); }
+
+static void check_statistics(void) {
+    static float y[20 * MAX_CHANNELS];
+    static double sums[2 * MAX_CHANNELS + 1];
+    static float bounds[2 * MAX_CHANNELS + 1];
+    const int64_t n = between(1, MAX_CHANNELS), pixels = between(0, 20);
+    const int special = word() % 4 == 0;
+    float before[2 * MAX_CHANNELS];
+    for (int64_t i = 0; i < pixels * n; i++)
+        y[i] = any_float();
+    for (int64_t i = 0; special && i < pixels * n; i += between(1, 100))
+        y[i] = float_of(0x7f800000u + (word() % 3 << 22));      /* an infinity or a NaN */
+    for (int c = 0; c < 2 * n; c++) {
+        before[c] = word() % 2 ? any_float() : c < n ? INFINITY : -INFINITY;
+        bounds[c] = before[c];
+    }
+    sums[2 * n] = bounds[2 * n] = 12345.0f;
+    kernel->statistics(y, pixels, n, sums, bounds);
+    for (int64_t c = 0; c < n; c++) {
+        double sum = 0.0, square = 0.0;
+        float low = before[c], high = before[n + c];
+        int nan = 0;
+        for (int64_t p = 0; p < pixels; p++) {
+            const float v = y[p * n + c];
+            sum += v;
+            square += (double)v * v;
+            low = fminf(low, v), high = fmaxf(high, v);
+            nan |= isnan(v);
+        }
+        CHECK(same(sums[c], sum) && same(sums[n + c], square),
+              "channel %d of %d: got sums %a, %a, expected %a, %a", (int)c, (int)n, sums[c],
+              sums[n + c], sum, square);
+        CHECK((bounds[c] == low || (nan && isnan(bounds[c]))) &&
+                  (bounds[n + c] == high || (nan && isnan(bounds[n + c]))),
+              "channel %d of %d: got bounds %a, %a, expected %a, %a", (int)c, (int)n, bounds[c],
+              bounds[n + c], low, high);
+    }
+    CHECK(sums[2 * n] == 12345.0 && bounds[2 * n] == 12345.0f, "wrote beyond the end");
+}
+
+static void check_add_rows(void) {
+    static double rows[20 * (MAX_N + 5)], total[MAX_N + 1];
+    const int64_t n = between(0, MAX_N), count = between(0, 20), stride = n + between(0, 5);
+    for (int64_t i = 0; i < count * stride; i++)
+        rows[i] = ldexp((double)between(-1000000, 1000000), between(-60, 60));
+    total[n] = 12345.0;
+    kernel->add_rows(rows, count, stride, n, total);
+    for (int64_t c = 0; c < n; c++) {
+        double expected = 0.0;
+        for (int64_t r = 0; r < count; r++) expected += rows[r * stride + c];
+        CHECK(total[c] == expected, "%d rows, total[%d]: got %a, expected %a", (int)count, (int)c,
+              total[c], expected);
+    }
+    CHECK(total[n] == 12345.0, "wrote beyond the end");
+}
+
+/* ---- Digits ---------------------------------------------------------------------------------- */
+
+enum {
+    SIDE = DFP_DIGIT_TILE,
+    STEP = DFP_DIGIT_STEP,
+    STEPS = 3,
+    HALO = 6,                               /* products that a window may slide */
+    GROUPS = STEPS * STEP / 4 + (HALO + 3) / 4 + 1,
+    ROW = SIDE + 8,
+    LONGEST = DFP_DIGIT_K_3 / STEP,
+    DIGITS_C = SIDE * 64 + 32,
+};
+
+static int16_t left[STEPS * STEP][ROW], right[STEPS * STEP + HALO + 4][ROW];
+static int8_t a_digits[3 * STEPS * SIDE * STEP] __attribute__((aligned(64)));
+static int8_t b_digits[4 * 3 * 2 * GROUPS * 64] __attribute__((aligned(64)));
+static int32_t digit_sums[2][DFP_DIGIT_SUMS] __attribute__((aligned(64)));
+static float digits_c[DIGITS_C] __attribute__((aligned(64)));
+static float digits_expected[DIGITS_C];
+static int64_t tile_sum[SIDE][SIDE];
+
+/* Random, or one of those whose digits are extreme. */
+static int16_t digit_mantissa(enum data kind, int products) {
+    static const int16_t extreme[2][4] = {{8191, -8191, -8128, 8127}, {32767, -32767, -32513, 255}};
+    if (kind == RANDOM) return mantissa(RANDOM, products == 3 ? 8191 : 32767);
+    return extreme[products - 3][kind == LARGEST ? 2 : word() % 4];
+}
+
+/* Rows of a step for the packing of rows; of those that are zeros some are missing. */
+static void step_rows(int16_t (*data)[ROW], int64_t count, const int16_t **rows) {
+    static const int16_t zeros[ROW];
+    for (int64_t k = 0; k < count; k++)
+        rows[k] = memcmp(data[k], zeros, sizeof zeros) || word() % 2 ? data[k] : NULL;
+}
+
+/* Packs `left`, `count` products by `rows` lines, from column c on. */
+static void pack_left(dfp_digit_tile *t, int64_t *a_step, int64_t c, int64_t rows, int64_t count,
+                      int natural) {
+    const int64_t step = SIDE * STEP;
+    memset(a_digits, 77, sizeof a_digits);
+    t->a = a_digits;
+    t->a_plane = STEPS * step;
+    t->a_step = a_step;
+    for (int s = 0; s < t->steps; s++) {
+        const int16_t *products[STEP];
+        a_step[s] = s * step;
+        step_rows(left + s * STEP, STEP, products);
+        if (natural)
+            kernel->digits->lines_of_rows(products, c, rows, t->products, a_digits + a_step[s],
+                                          t->a_plane);
+    }
+    for (int64_t i = 0; i < rows && !natural; i++) {
+        int16_t line[STEPS * STEP];
+        for (int64_t k = 0; k < STEPS * STEP; k++) line[k] = k < count ? left[k][c + i] : 5555;
+        kernel->digits->lines(line, count, t->products, a_digits + i * STEP, step, t->a_plane);
+    }
+}
+
+/* Packs `right`, `cols` columns from c on, and returns by how many products it slid. */
+static int64_t pack_right(dfp_digit_tile *t, int64_t c, int64_t cols, int natural) {
+    const int16_t *products[STEPS * STEP + HALO + 4];
+    memset(b_digits, 77, sizeof b_digits);
+    t->b = b_digits;
+    if (natural && word() % 2) {
+        const int64_t slide = between(0, HALO), count = t->steps * STEP + HALO + 4;
+        t->b_step = STEP / 4 * 64;
+        t->b_half = GROUPS * 64;
+        t->b_plane = 2 * t->b_half;
+        step_rows(right, count, products);
+        kernel->digits->columns_sliding(products, count, c, cols, t->products, b_digits,
+                                        t->b_half, t->b_plane, 3 * t->b_plane);
+        t->b = b_digits + slide % 4 * 3 * t->b_plane + slide / 4 * 64;
+        return slide;
+    }
+    t->b_half = STEP / 4 * 64;
+    t->b_step = 2 * t->b_half;
+    t->b_plane = STEPS * t->b_step;
+    const int of_rows = word() % 2;
+    for (int s = 0; s < t->steps; s++) {
+        int8_t *const out = b_digits + s * t->b_step;
+        step_rows(right + s * STEP, STEP, products);
+        if (of_rows)
+            kernel->digits->columns_of_rows(products, c, cols, natural, t->products, out,
+                                            t->b_half, t->b_plane);
+        for (int half = 0; half < 2 && !of_rows; half++) {
+            int16_t q[16 * STEP];
+            for (int j = 0; j < 16; j++)
+                for (int k = 0; k < STEP; k++)
+                    q[j * STEP + k] = right[s * STEP + k][c + half * 16 + j];
+            kernel->digits->columns(q, natural, t->products, out + half * t->b_half, t->b_plane);
+        }
+    }
+    return 0;
+}
+
+/* Where the rows go, some of them nowhere, and what then is to be found there. */
+static void place_rows(dfp_digit_rows *done, int64_t *row, int exponent) {
+    done->stream = word() % 2;
+    done->c = digits_c + (done->stream ? 16 : between(0, 20));
+    done->row = row;
+    done->next = 0;
+    done->scale = ldexpf(1.0f, exponent);
+    const int64_t ldc = done->stream ? 48 : done->cols + between(0, 20), turn = between(0, 31);
+    for (int i = 0; i < DIGITS_C; i++) digits_c[i] = digits_expected[i] = float_of(0x7fc0dead);
+    for (int64_t i = 0; i < done->rows; i++) {
+        row[i] = word() % 8 ? (i + turn) % SIDE * ldc : -1;
+        for (int64_t j = 0; j < done->cols && row[i] >= 0; j++)
+            digits_expected[done->c - digits_c + row[i] + j] = rounded(tile_sum[i][j], exponent);
+    }
+}
+
+static void check_digits_c(const dfp_digit_rows *done, const char *what) {
+    for (int i = 0; i < DIGITS_C; i++)
+        CHECK(bits_of(digits_c[i]) == bits_of(digits_expected[i]),
+              "%s, %d products, %d x %d, c[%d]: got %a, expected %a", what, done->products,
+              (int)done->rows, (int)done->cols, i - (int)(done->c - digits_c), digits_c[i],
+              digits_expected[i]);
+}
+
+static void check_finish(dfp_digit_rows *done, const char *what) {
+    int64_t row[SIDE];
+    const int exponent = between(-126, 80);
+    place_rows(done, row, exponent);
+    kernel->digits->finish(done);
+    CHECK(done->next == done->rows, "%s: rows are left", what);
+    check_digits_c(done, what);
+
+    const int64_t ldc = done->rows + between(0, 20);
+    for (int i = 0; i < DIGITS_C; i++) digits_c[i] = digits_expected[i] = float_of(0x7fc0dead);
+    for (int64_t i = 0; i < done->rows; i++)
+        for (int64_t j = 0; j < done->cols; j++)
+            digits_expected[done->c - digits_c + j * ldc + i] = rounded(tile_sum[i][j], exponent);
+    kernel->digits->finish_transposed(done, ldc);
+    check_digits_c(done, "transposed");
+}
+
+/* Sums beside the ties of rounding to float32, in digits that do not look like them. */
+static void check_digit_rounding(void) {
+    int32_t *const sums = digit_sums[0];
+    const int products = between(3, 4), d = products == 3 ? 7 : 8;
+    dfp_digit_rows done = {.sums = sums, .rows = SIDE, .cols = SIDE, .products = products};
+    for (int n = 0; n < SIDE * SIDE; n++) {
+        const int64_t v = word() % 16 ? near_tie(between(24, 42)) : 0;
+        const int64_t radix = 1 << d, ll = (v & (radix - 1)) + between(-999999, 999999) * radix;
+        const int64_t over = (v - ll) / radix;
+        const int64_t middle = (over & (radix - 1)) + between(-999999, 999999) * radix;
+        const int64_t hh = (over - middle) / radix;
+        tile_sum[n / SIDE][n % SIDE] = v;
+        sums[n] = (int32_t)hh;
+        sums[1024 + n] = (int32_t)(products == 3 ? middle + hh + ll : middle);
+        sums[2048 + n] = (int32_t)ll;
+    }
+    check_finish(&done, "rounding");
+}
+
+/* A product from int16 to float32. `repeat`: its one step again and again, up to the longest K. */
+static void check_digit_product(int repeat) {
+    int64_t a_step[LONGEST], row[SIDE];
+    const int natural = word() % 2, products = between(3, 4);
+    const int steps = repeat ? 1 : between(1, STEPS);
+    const int64_t rows = between(1, SIDE), cols = between(1, SIDE), ca = between(0, ROW - rows);
+    const int64_t count = (steps - 1) * STEP + (repeat ? STEP : between(1, STEP));
+    const int64_t cb = between(0, ROW - SIDE);
+    const enum data kind = repeat ? between(1, 2) : word() % KINDS;
+    const int64_t times = !repeat ? 1 : (products == 3 ? DFP_DIGIT_K_3 : DFP_DIGIT_K_4) / STEP;
+    dfp_digit_tile t = {.steps = steps, .products = products, .sums = digit_sums[0]};
+    for (int64_t k = 0; k < STEPS * STEP; k++) {
+        const int missing = k >= count || (!repeat && word() % 16 == 0);
+        for (int i = 0; i < ROW; i++) left[k][i] = missing ? 0 : digit_mantissa(kind, products);
+    }
+    for (int64_t k = 0; k < STEPS * STEP + HALO + 4; k++) {
+        const int missing = !repeat && word() % 16 == 0;
+        for (int i = 0; i < ROW; i++) right[k][i] = missing ? 0 : digit_mantissa(kind, products);
+    }
+    pack_left(&t, a_step, ca, rows, count, natural);
+    const int64_t slide = pack_right(&t, cb, cols, natural);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++) {
+            tile_sum[i][j] = 0;
+            for (int64_t k = 0; k < count; k++)
+                tile_sum[i][j] += times * left[k][ca + i] * right[k + slide][cb + j];
+        }
+    if (repeat) {
+        for (int64_t s = 0; s < times; s++) a_step[s] = 0;
+        t.b_step = 0;
+        t.steps = times;
+    }
+
+    /* At once or, resumed, in two calls. */
+    dfp_digit_rows done = {.sums = t.sums, .rows = 0, .products = products};
+    dfp_digit_tile part = t;
+    part.steps = between(1, t.steps);
+    kernel->digits->multiply(&part, &done);
+    if (part.steps < t.steps) {
+        part.a_step += part.steps;
+        part.b += part.steps * part.b_step;
+        part.steps = t.steps - part.steps;
+        part.resume = 1;
+        kernel->digits->multiply(&part, &done);
+    }
+    done.rows = rows, done.cols = cols;
+    check_finish(&done, "finish");
+    if (repeat) return;
+
+    /* The rows wait for the same product again, which may reuse their sums. */
+    t.sums = digit_sums[word() % 2];
+    place_rows(&done, row, between(-126, 80));
+    kernel->digits->multiply(&t, &done);
+    CHECK(done.next == done.rows, "rows are left");
+    check_digits_c(&done, "multiply");
+    done.sums = t.sums;
+    check_finish(&done, "again");
+}
+
+static void check_digits(void) {
+    for (int i = 0; i < 50; i++) check_digit_rounding();
+    kernel->digits->open();
+    for (int i = 0; i < 100; i++) check_digit_product(0);
+    for (int i = 0; i < 6; i++) check_digit_product(1);
+    kernel->digits->close();
 }
 
 /* ---- All of it ------------------------------------------------------------------------------- */
@@ -352,14 +816,22 @@ static void check_kernel(const dfp_kernel *k) {
     for (int i = 0; i < 1000; i++) check_quantize();
     for (int i = 0; i < 500; i++) check_absmax();
     for (int i = 0; i < 500; i++) check_interleave();
-    for (int i = 0; i < 1000; i++) check_depthwise();
+    check_philox();
+    for (int i = 0; i < 500; i++) check_stochastic();
+    check_patches();
+    for (int i = 0; i < 300; i++) check_dots();
+    for (int i = 0; i < 1000; i++) check_depthwise_spill();
+    for (int i = 0; i < 10000; i++) check_round();
+    for (int i = 0; i < 500; i++) check_statistics();
+    for (int i = 0; i < 200; i++) check_add_rows();
+    if (k->digits) check_digits();
     CHECK(k->peak(1000) > 0, "no products counted");
     printf("%s: %lld checks passed\n", k->isa, (long long)checks);
 }
 
 int main(int argc, char **argv) {
 #ifdef DFP_HAS_AMX
-    amx_emulate();
+    if (!cpu_amx()) amx_emulate();
 #endif
     for (int i = 0; i < DFP_ISAS; i++) {
         const dfp_isa *isa = &dfp_isas[i];
