@@ -690,5 +690,6 @@ def test_cifar10_learns_as_in_float32(tmp_path):
     ):
         run.train()
         ends.append(np.mean(run.progress.losses[-30:]))
-    assert max(ends) < 1.7
+    # Chance is 2.3.
+    assert max(ends) < 2.0
     assert abs(ends[0] - ends[1]) < 0.1
