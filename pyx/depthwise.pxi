@@ -59,7 +59,8 @@ cdef void depthwise_plan(Depthwise* z, Conv* v, Pass which, const int16_t* a,
     z.conv, z.which, z.a, z.b, z.out = v, which, a, b, out
     z.multiplier = v.filters // max(v.channels, <int64_t>1)
     z.taps = volume(v.kernel)
-    z.threads = team_size() if <double>pixels * v.filters * z.taps > SMALL else 1
+    # A product takes eight times as long as in a tile: memory is the limit.
+    z.threads = team_size() if 8.0 * pixels * v.filters * z.taps > SMALL else 1
     z.row = v.channels if back else v.filters
     z.per_tap = z.multiplier if back else 1
     z.terms = z.taps * z.per_tap
@@ -146,7 +147,7 @@ cdef void depthwise_run(Depthwise* z, char* scratch) noexcept nogil:
     else:
         memset(z.sums, 0, z.threads * z.sum_bytes)
         parallel_for(depthwise_task, z, depthwise_tasks(z), z.threads)
-        parallel_for(add_sums_task, z, z.taps, z.threads if z.taps * z.row > SMALL else 1)
+        parallel_for(add_sums_task, z, z.taps, z.threads if 64 * z.taps * z.row > SMALL else 1)
 
 
 cdef void spread(const int16_t* source, int64_t pixels, int64_t channels, int64_t multiplier,

@@ -21,7 +21,8 @@ cdef struct Statistics:
 cdef void statistics_plan(Statistics* s, const float* y, int64_t rows, int64_t width,
                           int64_t channels) noexcept nogil:
     s.y, s.rows, s.width, s.channels = y, rows, width, channels
-    s.threads = team_size() if rows * width * channels > SMALL else 1
+    # Reading a value takes as long as 64 products.
+    s.threads = team_size() if 64 * rows * width * channels > SMALL else 1
     s.block = max(STATISTICS_BLOCK // max(width * channels, <int64_t>1), <int64_t>1)
     s.bytes = channels * 2 * (rows * sizeof(double) + s.threads * sizeof(float)) + ALIGN
 
@@ -39,7 +40,7 @@ cdef void statistics_run(Statistics* s, char* scratch, double* total, double* sq
         s.bounds[c] = INFINITY if c // n % 2 == 0 else -INFINITY
     parallel_for(statistics_task, s, (s.rows + s.block - 1) // s.block, s.threads)
     parallel_for(add_partials_task, s, (n + STATISTICS_CHANNELS - 1) // STATISTICS_CHANNELS,
-                 s.threads if s.rows * n > SMALL else 1)
+                 s.threads if 64 * s.rows * n > SMALL else 1)
     for c in range(n):
         least[c], most[c] = INFINITY, -INFINITY
         for i in range(s.threads):

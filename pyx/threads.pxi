@@ -11,8 +11,9 @@ cdef extern from *:
 
     static pthread_mutex_t dfp_team = PTHREAD_MUTEX_INITIALIZER;
     static volatile int dfp_forked, dfp_thread_limit;
-    /* Products below which a parallel region (9 us) costs more than it saves. */
-    enum { DFP_SMALL = 2000000 };
+    /* Products below which a parallel region costs more than it saves: to wake threads that sleep
+       takes 50 us. */
+    enum { DFP_SMALL = 8000000 };
     static volatile int64_t dfp_small = DFP_SMALL;
     static void dfp_in_child(void) { dfp_forked = 1; }
     static void dfp_watch_forks(void) { pthread_atfork(NULL, NULL, dfp_in_child); }

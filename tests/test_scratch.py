@@ -6,7 +6,7 @@ import networks
 import numpy as np
 import oracle
 import pytest
-from kernels import ISAS, TOKEN, Case, Passes, running
+from kernels import ISAS, NATIVE, TOKEN, Case, Passes, running
 from test_networks import CONVOLUTIONS
 
 from keras_dfp import reference
@@ -96,7 +96,15 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        # Emulation takes its time.
+        pytest.param(isa, marks=[] if isa in NATIVE else pytest.mark.slow)
+        for isa in ISAS
+        if isa != "portable"
+    ],
+)
 @pytest.mark.parametrize("name", ODD)
 def test_odd_shapes(isa, name):
     for threads in (1, 4):

@@ -539,7 +539,7 @@ def command(*arguments):
     return [sys.executable, "-m", "keras_dfp", *map(str, arguments)]
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet20"])
+@pytest.mark.parametrize("name", ["lenet", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_resume_after_kill_9_changes_no_bit(name, tmp_path):
     """One has dropout, random layers, Adam; the other batch norm, decay, momentum, files."""
     data, options = "digits", ["--steps", 60]
