@@ -107,6 +107,7 @@ typedef struct {
 enum {
     DFP_DIGIT_TILE = 32,        /* rows, and columns, of a tile of C */
     DFP_DIGIT_STEP = 64,
+    DFP_DIGIT_SUMS = 3 * 32 * 32,
     DFP_DIGIT_K_3 = 131072,
     DFP_DIGIT_K_4 = 32768,
 };
