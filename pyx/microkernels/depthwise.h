@@ -99,21 +99,18 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
 
 /* ---- vectors of 2 * LANES channels; the last one may overlap the one before ------------------ */
 
-/* hi * 2**16 + lo takes the chain's sum over: gemm_tile.h. */
-#define CARRY(hi, lo)                                                                     \
-    do {                                                                                  \
-        hi = V_ADD(hi, V_SRA(lo, 16));                                                    \
-        lo = V_AND(lo, V_SET1(65535));                                                    \
-    } while (0)
-
-#define STORE_Y(p, f)                                                                     \
-    do {                                                                                  \
-        if (t->stream) F_STREAM(p, f);                                                    \
-        else F_STOREU(p, f);                                                              \
-    } while (0)
-
 /* Stays in a register: gcc 12 would load it once for each use. */
 #define LOADED(v) __asm__("" : "+" V_REGISTER(v))
+
+/* After a pair: carries all sums over where a chain ends. */
+#define END_PAIR(count)                                                                   \
+    if (--chain == 0) {                                                                   \
+        chain = t->chain;                                                                 \
+        UNROLL for (int i = 0; i < (count); i++) {                                        \
+            CARRY(hi[i][0], acc[i][0]);                                                   \
+            CARRY(hi[i][1], acc[i][1]);                                                   \
+        }                                                                                 \
+    }
 
 /* All terms of `count` neighbouring pixels; with `carried`, over more than one chain. */
 #define SUM_PIXELS(count, carried)                                                        \
@@ -139,27 +136,19 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
                 V_DOT(acc[i][0], V_ZIPLO(a, b), wa);                                      \
                 V_DOT(acc[i][1], V_ZIPHI(a, b), wb);                                      \
             }                                                                             \
-            if ((carried) && --chain == 0) {                                              \
-                chain = t->chain;                                                         \
-                UNROLL for (int i = 0; i < (count); i++) {                                \
-                    CARRY(hi[i][0], acc[i][0]);                                           \
-                    CARRY(hi[i][1], acc[i][1]);                                           \
-                }                                                                         \
-            }                                                                             \
+            if (carried) END_PAIR(count)                                                  \
         }                                                                                 \
         UNROLL for (int i = 0; i < (count); i++) {                                        \
             VF f[2];                                                                      \
             UNROLL for (int j = 0; j < 2; j++)                                            \
                 if (carried) {                                                            \
                     CARRY(hi[i][j], acc[i][j]);                                           \
-                    const VI r = V_OR(V_SLL(V_AND(hi[i][j], V_SET1(255)), 16), acc[i][j]); \
-                    f[j] = F_FMA(F_FROM(V_SRA(hi[i][j], 8)), F_SET1(16777216.0f),         \
-                                 F_FROM(r));                                              \
+                    f[j] = F_ROUND(hi[i][j], acc[i][j]);                                  \
                 } else {                                                                  \
                     f[j] = F_FROM(acc[i][j]);                                             \
                 }                                                                         \
-            STORE_Y(y + i * t->y_step, F_MUL(F_FIRST(f[0], f[1]), scale));                \
-            STORE_Y(y + i * t->y_step + LANES, F_MUL(F_SECOND(f[0], f[1]), scale));       \
+            STORE_F(y + i * t->y_step, F_MUL(F_FIRST(f[0], f[1]), scale));                \
+            STORE_F(y + i * t->y_step + LANES, F_MUL(F_SECOND(f[0], f[1]), scale));       \
         }                                                                                 \
     }
 
@@ -182,7 +171,6 @@ TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
 
 #undef PATCH
 #undef SUM_PIXELS
-#undef STORE_Y
 
 /* `count` terms from k on, over all pixels, for the channels from c on. */
 #define DOT_TERMS(count)                                                                  \
@@ -210,13 +198,7 @@ TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
                 }                                                                         \
                 dy += 2 * t->y_step;                                                      \
                 at += 2 * t->x_step;                                                      \
-                if (--chain == 0) {                                                       \
-                    chain = t->chain;                                                     \
-                    UNROLL for (int i = 0; i < (count); i++) {                            \
-                        CARRY(hi[i][0], acc[i][0]);                                       \
-                        CARRY(hi[i][1], acc[i][1]);                                       \
-                    }                                                                     \
-                }                                                                         \
+                END_PAIR(count)                                                           \
             }                                                                             \
         }                                                                                 \
         UNROLL for (int i = 0; i < (count); i++) {                                        \
@@ -249,7 +231,7 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
 }
 
 #undef DOT_TERMS
-#undef CARRY
+#undef END_PAIR
 #undef LOADED
 
 #endif

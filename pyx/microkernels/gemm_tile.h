@@ -27,15 +27,29 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-#include "loops.h"
-
-#define NR (NV * LANES)
-
-#define STORE_C(p, f)                                                            \
+/* Past the caches, if the caller may have that. */
+#define STORE_F(p, f)                                                            \
     do {                                                                         \
         if (t->stream) F_STREAM(p, f);                                           \
         else F_STOREU(p, f);                                                     \
     } while (0)
+
+/* hi * 2**16 + lo takes over what lo sums: after a chain, lo is in [0, 65535]. */
+#define CARRY(hi, lo)                                                            \
+    do {                                                                         \
+        hi = V_ADD(hi, V_SRA(lo, 16));                                           \
+        lo = V_AND(lo, V_SET1(65535));                                           \
+    } while (0)
+
+/* hi * 2**16 + lo = u * 2**24 + r with |u| <= 2**24 and 0 <= r < 2**24: both convert exactly, and
+ * the fused multiply-add rounds once. */
+#define F_ROUND(hi, lo)                                                          \
+    F_FMA(F_FROM(V_SRA(hi, 8)), F_SET1(16777216.0f),                             \
+          F_FROM(V_OR(V_SLL(V_AND(hi, V_SET1(255)), 16), lo)))
+
+#include "loops.h"
+
+#define NR (NV * LANES)
 
 /* One chain: `n` pairs into the int32 accumulators. */
 #define RUN_CHAIN(n)                                                             \
@@ -70,15 +84,12 @@ TARGET static void DFP_CAT(gemm_s16_exact__, ISA)(const dfp_tile *t) {
         UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
             hi[i][j] = acc[i][j] = V_ZERO();
     }
-    const VI low = V_SET1(65535);
     for (int64_t left = t->pairs; left > 0; left -= t->chain) {
         const int64_t n = left < t->chain ? left : t->chain;
         RUN_CHAIN(n)
-        /* What stays in the accumulator is in [0, 65535]: the bound on chains leaves room. */
-        UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
-            hi[i][j] = V_ADD(hi[i][j], V_SRA(acc[i][j], 16));
-            acc[i][j] = V_AND(acc[i][j], low);
-        }
+        /* What stays in the accumulator is small: the bound on chains leaves room. */
+        UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
+            CARRY(hi[i][j], acc[i][j]);
     }
     if (!t->c) {
         UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
@@ -87,16 +98,9 @@ TARGET static void DFP_CAT(gemm_s16_exact__, ISA)(const dfp_tile *t) {
         }
         return;
     }
-    /* v = u * 2**24 + r with |u| <= 2**24 and 0 <= r < 2**24: both convert exactly, and the fused
-     * multiply-add rounds once. */
-    const VF scale = F_SET1(t->scale), radix = F_SET1(16777216.0f);
-    const VI byte = V_SET1(255);
-    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
-        const VI u = V_SRA(hi[i][j], 8);
-        const VI r = V_OR(V_SLL(V_AND(hi[i][j], byte), 16), acc[i][j]);
-        const VF sum = F_FMA(F_FROM(u), radix, F_FROM(r));
-        STORE_C(t->c + i * t->ldc + j * LANES, F_MUL(sum, scale));
-    }
+    const VF scale = F_SET1(t->scale);
+    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
+        STORE_F(t->c + i * t->ldc + j * LANES, F_MUL(F_ROUND(hi[i][j], acc[i][j]), scale));
 }
 
 TARGET static void DFP_CAT(gemm_s16_spill__, ISA)(const dfp_tile *t) {
@@ -118,7 +122,7 @@ TARGET static void DFP_CAT(gemm_s16_spill__, ISA)(const dfp_tile *t) {
     const int64_t ld = t->c ? t->ldc : NR;
     const VF scale = F_SET1(t->c ? t->scale : 1.0f);
     UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-        STORE_C(out + i * ld + j * LANES, F_MUL(sum[i][j], scale));
+        STORE_F(out + i * ld + j * LANES, F_MUL(sum[i][j], scale));
 }
 
 TARGET static int64_t DFP_CAT(peak_s16__, ISA)(int64_t rounds) {
@@ -142,7 +146,9 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
 
 #undef NR
 #undef RUN_CHAIN
-#undef STORE_C
+#undef STORE_F
+#undef CARRY
+#undef F_ROUND
 #undef OPEN_TILE
 #undef UNROLL
 #undef ISA
