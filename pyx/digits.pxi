@@ -146,17 +146,16 @@ cdef inline int64_t abs64(int64_t x) noexcept nogil:
     return -x if x < 0 else x
 
 
-cdef int64_t flat_position(Gemm* g, int64_t line) noexcept nogil:
+cdef inline int64_t flat_position(Gemm* g, int64_t line) noexcept nogil:
     """The window's position at a pixel of the layout, counted through all images, or -1."""
-    cdef Digits* d = &g.by
-    cdef Window* w = &g.a.window
-    cdef int64_t x = line % d.pitch[2], y = line // d.pitch[2] % d.pitch[1]
-    cdef int64_t z = line // d.pitch[2] // d.pitch[1]
-    cdef int64_t item = z // d.pitch[0]
-    z %= d.pitch[0]
-    if x >= w.positions[2] or y >= w.positions[1] or z >= w.positions[0]:
+    cdef Place at = place_of(g.by.pitch, line)
+    return position_at(&g.a.window, &at)
+
+
+cdef inline int64_t position_at(const Window* w, const Place* at) noexcept nogil:
+    if at.w >= w.positions[2] or at.h >= w.positions[1] or at.d >= w.positions[0]:
         return -1
-    return ((item * w.positions[0] + z) * w.positions[1] + y) * w.positions[2] + x
+    return ((at.item * w.positions[0] + at.d) * w.positions[1] + at.h) * w.positions[2] + at.w
 
 
 cdef inline int64_t digits_sum(Gemm* g, int64_t hh, int64_t mid, int64_t ll) noexcept nogil:
@@ -313,10 +312,10 @@ cdef inline int64_t tap_distance(Gemm* g, int64_t tap) noexcept nogil:
     """How many pixels of the layout a tap lies after the pixel of its position."""
     cdef Digits* d = &g.by
     cdef Window* w = &g.a.window
-    cdef int64_t x = d.first[2] + tap % w.taps[2] * w.tap_step[2]
-    cdef int64_t y = d.first[1] + tap // w.taps[2] % w.taps[1] * w.tap_step[1]
-    cdef int64_t z = d.first[0] + tap // w.taps[2] // w.taps[1] * w.tap_step[0]
-    return (z * d.pitch[1] + y) * d.pitch[2] + x
+    cdef Place at = place_of(w.taps, tap)
+    return (((d.first[0] + at.d * w.tap_step[0]) * d.pitch[1]
+             + d.first[1] + at.h * w.tap_step[1]) * d.pitch[2]
+            + d.first[2] + at.w * w.tap_step[2])
 
 
 # ---- Packing -------------------------------------------------------------------------------------
@@ -327,6 +326,7 @@ cdef void pack_lines(Gemm* g, Block* block, int64_t k0, int64_t kc, int16_t* gat
     cdef Digits* d = &g.by
     cdef ASource* a = &g.a
     cdef const int16_t* data = a.data + block.item * g.a_batch
+    cdef const int16_t* row
     cdef int64_t i, s
     if d.mirrored:
         pack_mirrored(g, block, k0, kc, <const int16_t**>gathered, out)
@@ -339,13 +339,11 @@ cdef void pack_lines(Gemm* g, Block* block, int64_t k0, int64_t kc, int16_t* gat
                             out + s * d.a_step)
     else:
         for i in range(block.mc):
-            if a.kind == ROWS:
-                kernel.digits.lines(data + (block.m0 + i) * a.ld + k0, kc, d.products,
-                                    out + i * DFP_DIGIT_STEP, d.a_step, d.a_plane)
-            else:
+            row = data + (block.m0 + i) * a.ld + k0
+            if a.kind == PATCHES:
                 gather(&a.window, data, block.m0 + i, k0, kc, gathered)
-                kernel.digits.lines(gathered, kc, d.products, out + i * DFP_DIGIT_STEP,
-                                    d.a_step, d.a_plane)
+                row = gathered
+            kernel.digits.lines(row, kc, d.products, out + i * DFP_DIGIT_STEP, d.a_step, d.a_plane)
 
 
 cdef void pack_flat(Gemm* g, const int16_t* image, int64_t first, int64_t count,
@@ -370,22 +368,15 @@ cdef void pack_flat(Gemm* g, const int16_t* image, int64_t first, int64_t count,
 cdef void layout_pixels(Gemm* g, const int16_t* image, int64_t items, int64_t first,
                         int64_t count, const int16_t** pixels) noexcept nogil:
     """Where pixels first .. first + count of the layout lie; NULL in the padding."""
-    cdef Digits* d = &g.by
-    cdef Window* w = &g.a.window
-    cdef int64_t x = first % d.pitch[2], y = first // d.pitch[2] % d.pitch[1]
-    cdef int64_t z = first // d.pitch[2] // d.pitch[1] % d.pitch[0]
-    cdef int64_t item = first // volume(d.pitch), i
+    cdef int64_t* low = &g.by.low[0]
+    cdef Place at = place_of(g.by.pitch, first)
+    cdef int64_t i
     for i in range(count):
         pixels[i] = NULL
-        if item < items:
-            pixels[i] = pixel_or_null(w, image, item, z + d.low[0], y + d.low[1], x + d.low[2])
-        x += 1
-        if x == d.pitch[2]:
-            x, y = 0, y + 1
-            if y == d.pitch[1]:
-                y, z = 0, z + 1
-                if z == d.pitch[0]:
-                    z, item = 0, item + 1
+        if at.item < items:
+            pixels[i] = pixel_or_null(&g.a.window, image, at.item, at.d + low[0], at.h + low[1],
+                                      at.w + low[2])
+        go_on(&at, g.by.pitch)
 
 
 cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int16_t** pixels,
@@ -396,15 +387,17 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
     cdef int64_t image = round_up(g.kb + d.halo + 4, 4), k, s, c, position
     cdef int64_t items = g.k // volume(d.pitch), steps = steps_of(kc)
     cdef const int16_t* dy = g.b.data + block.item * g.b_batch
+    cdef Place at = place_of(d.pitch, k0)
     layout_pixels(g, g.a.data + block.item * g.a_batch, items, k0,
                   steps * DFP_DIGIT_STEP + d.halo + 4, pixels)
     pixels += image
     for k in range(steps * DFP_DIGIT_STEP):
         pixels[k] = NULL
         if k < kc:
-            position = flat_position(g, k0 + k)
+            position = position_at(&g.a.window, &at)
             if position >= 0:
                 pixels[k] = dy + position * g.b.k_stride
+            go_on(&at, d.pitch)
     for s in range(steps):
         for c in range(0, block.mc, 32):
             kernel.digits.lines_of_rows(pixels + s * DFP_DIGIT_STEP, block.m0 + c,
@@ -446,25 +439,13 @@ cdef void pack_transposed(Gemm* g, const int16_t* data, int64_t m0, int64_t mc, 
 cdef void rows_of_tap(const Window* w, const int16_t* image, int64_t tap, int64_t k0, int64_t kc,
                       const int16_t** rows) noexcept nogil:
     """The pixels that a tap meets at positions k0 .. k0 + kc."""
-    cdef int64_t tx = tap % w.taps[2] * w.tap_step[2] + w.offset[2]
-    cdef int64_t ty = tap // w.taps[2] % w.taps[1] * w.tap_step[1] + w.offset[1]
-    cdef int64_t tz = tap // w.taps[2] // w.taps[1] * w.tap_step[0] + w.offset[0]
-    cdef int64_t x = k0 % w.positions[2], y = k0 // w.positions[2] % w.positions[1], k
-    cdef int64_t z = k0 // w.positions[2] // w.positions[1], item
-    z, item = z % w.positions[0], z // w.positions[0]
+    cdef Place at = place_of(w.positions, k0), on = place_of(w.taps, tap)
+    cdef int64_t k
     for k in range(DFP_DIGIT_STEP):
         rows[k] = NULL
-        if k >= kc:
-            continue
-        rows[k] = pixel_or_null(w, image, item, z * w.step[0] + tz, y * w.step[1] + ty,
-                                x * w.step[2] + tx)
-        x += 1
-        if x == w.positions[2]:
-            x, y = 0, y + 1
-            if y == w.positions[1]:
-                y, z = 0, z + 1
-                if z == w.positions[0]:
-                    z, item = 0, item + 1
+        if k < kc:
+            rows[k] = tap_pixel(w, image, &at, &on)
+            go_on(&at, w.positions)
 
 
 cdef void pack_columns(Gemm* g, const int16_t* data, int64_t n0, int64_t k0, int64_t kc,

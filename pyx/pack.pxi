@@ -51,6 +51,10 @@ cdef struct Scatter:
     int64_t offset[3]
     int64_t size[3]
 
+# A pixel of `size` (depth, height, width), or a tap of a kernel of that size, in image after image.
+cdef struct Place:
+    int64_t item, d, h, w
+
 cdef extern from * nogil:
     """
     #define dfp_prefetch(p) __builtin_prefetch(p, 0, 2)
@@ -75,6 +79,25 @@ cdef inline int64_t patch_stride(int64_t kc) noexcept nogil:
     sets of the first-level cache, so they are moved apart by a line."""
     cdef int64_t stride = round_up(kc, 32)
     return stride + 32 if stride % 256 == 0 else stride
+
+
+cdef inline Place place_of(const int64_t* size, int64_t i) noexcept nogil:
+    cdef Place at
+    at.w, i = i % size[2], i // size[2]
+    at.h, i = i % size[1], i // size[1]
+    at.d, at.item = i % size[0], i // size[0]
+    return at
+
+
+cdef inline void go_on(Place* at, const int64_t* size) noexcept nogil:
+    """To the next place, without a division."""
+    at.w += 1
+    if at.w == size[2]:
+        at.w, at.h = 0, at.h + 1
+        if at.h == size[1]:
+            at.h, at.d = 0, at.d + 1
+            if at.d == size[0]:
+                at.d, at.item = 0, at.item + 1
 
 
 cdef inline int64_t scatter_row(Scatter* s, int64_t row) noexcept nogil:
@@ -198,36 +221,31 @@ cdef void pack_patches_t(const Window* v, const int16_t* image, int64_t m0, int6
                          int64_t kc, int64_t panel, int16_t* to) noexcept nogil:
     """Elements m0 .. m0 + mc of the window's axis at positions k0 .. k0 + kc, in panels; a tap's
     channels fill whole panels, so they are interleaved straight from the image."""
-    cdef int64_t mr = kernel.mr, j = m0, c, n, tap, pair, i, k, w, h, d, item
-    cdef int64_t tw, th, td
+    cdef int64_t mr = kernel.mr, j = m0, c, n, pair, i
+    cdef Place tap, at
     cdef const int16_t* rows[2]
     while j < m0 + mc:
-        tap, c = j // v.padded, j % v.padded
+        tap, c = place_of(v.taps, j // v.padded), j % v.padded
         n = min(m0 + mc - j, v.channels - c)
-        tw = tap % v.taps[2] * v.tap_step[2] + v.offset[2]
-        th = tap // v.taps[2] % v.taps[1] * v.tap_step[1] + v.offset[1]
-        td = tap // v.taps[2] // v.taps[1] * v.tap_step[0] + v.offset[0]
-        # The position k0, and from there on one by one.
-        w = k0 % v.positions[2]
-        h = k0 // v.positions[2] % v.positions[1]
-        item = k0 // v.positions[2] // v.positions[1]
-        d, item = item % v.positions[0], item // v.positions[0]
+        at = place_of(v.positions, k0)
         for pair in range((kc + 1) // 2):
             for i in range(2):
                 rows[i] = NULL
                 if 2 * pair + i < kc:
-                    rows[i] = pixel_or_null(v, image, item, d * v.step[0] + td,
-                                            h * v.step[1] + th, w * v.step[2] + tw)
-                    w += 1
-                    if w == v.positions[2]:
-                        w, h = 0, h + 1
-                        if h == v.positions[1]:
-                            h, d = 0, d + 1
-                            if d == v.positions[0]:
-                                d, item = 0, item + 1
+                    rows[i] = tap_pixel(v, image, &at, &tap)
+                    go_on(&at, v.positions)
             interleave_or_zero(rows[0], rows[1], c, n, mr, panel, to + (j - m0) // mr * panel
                                + pair * 2 * mr)
         j += n
+
+
+cdef inline const int16_t* tap_pixel(const Window* v, const int16_t* image, const Place* at,
+                                     const Place* tap) noexcept nogil:
+    """What a tap meets at a position; NULL outside of the image."""
+    return pixel_or_null(v, image, at.item,
+                         at.d * v.step[0] + v.offset[0] + tap.d * v.tap_step[0],
+                         at.h * v.step[1] + v.offset[1] + tap.h * v.tap_step[1],
+                         at.w * v.step[2] + v.offset[2] + tap.w * v.tap_step[2])
 
 
 cdef inline const int16_t* pixel_or_null(const Window* v, const int16_t* image, int64_t item,
