@@ -186,7 +186,7 @@ def bench() -> None:
 @_repeats(7)
 @_json
 @_plot
-def conv(networks, batch, image_size, against, isa, threads, repeats, json_path, plot_path) -> None:
+def conv(**options) -> None:
     """Time every convolution and dense layer of a network, in all three passes.
 
     Operands are int16, results float32; packing is included, quantising the operands is shown
@@ -199,16 +199,7 @@ def conv(networks, batch, image_size, against, isa, threads, repeats, json_path,
       keras-dfp bench conv --network vgg16 --network alexnet --against float32,bfloat16
       keras-dfp bench conv --isa avx2 --threads 1
     """
-    kinds = ["conv", "grouped", "depthwise", "dense"]
-    common = {"kinds": kinds, "against": against, "repeats": repeats}
-    _run(
-        "conv",
-        [{**each, **common} for each in _each_network(networks, batch, image_size)],
-        isa=isa,
-        threads=threads,
-        json_path=json_path,
-        plot_path=plot_path,
-    )
+    _run_layers("conv", ["conv", "grouped", "depthwise", "dense"], **options)
 
 
 @bench.command()
@@ -218,9 +209,7 @@ def conv(networks, batch, image_size, against, isa, threads, repeats, json_path,
 @_repeats(7)
 @_json
 @_plot
-def depthwise(
-    networks, batch, image_size, against, isa, threads, repeats, json_path, plot_path
-) -> None:
+def depthwise(**options) -> None:
     """Time the depthwise convolutions of a network, which are bound by the memory.
 
     Shows the bytes of operands and results per second, as a share of a copy's.
@@ -229,15 +218,7 @@ def depthwise(
     Example:
       keras-dfp bench depthwise --network mobilenet_v2
     """
-    common = {"kinds": ["depthwise"], "against": against, "repeats": repeats}
-    _run(
-        "depthwise",
-        [{**each, **common} for each in _each_network(networks, batch, image_size)],
-        isa=isa,
-        threads=threads,
-        json_path=json_path,
-        plot_path=plot_path,
-    )
+    _run_layers("depthwise", ["depthwise"], **options)
 
 
 @bench.command()
@@ -363,6 +344,15 @@ def report_(file, rows, plot_path) -> None:
 
 
 # ---- running them --------------------------------------------------------------------------------
+
+
+def _run_layers(
+    benchmark: str, kinds: list[str], networks, batch, image_size, against, repeats, **options
+) -> None:
+    """Measures the layers of these kinds in each network."""
+    common = {"kinds": kinds, "against": against, "repeats": repeats}
+    each = [{**network, **common} for network in _each_network(networks, batch, image_size)]
+    _run(benchmark, each, **options)
 
 
 def _run(
