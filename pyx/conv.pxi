@@ -115,6 +115,11 @@ cdef void input_gradient_plan(const Conv* v, Gemm* g, const int64_t* phase, cons
         if reach < 0 and reach % v.stride[i]:
             a.offset[i] = 0         # only where there are no taps
         a.tap_step[i] = -(jump * v.dilation[i] // v.stride[i])
+        if not v.spill:
+            # In no particular order, so in the image's: neighbours are gathered in one go.
+            a.offset[i] += (a.taps[i] - 1) * a.tap_step[i]
+            a.tap_step[i] = -a.tap_step[i]
+            first, jump = first + (a.taps[i] - 1) * jump, -jump
         g.b.taps[i], g.b.first[i], g.b.jump[i], g.b.size[i] = a.taps[i], first, jump, v.kernel[i]
         g.rows.positions[i], g.rows.step[i] = a.positions[i], v.stride[i]
         g.rows.offset[i], g.rows.size[i] = phase[i], v.input[i]

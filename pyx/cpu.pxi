@@ -65,11 +65,11 @@ cdef extern from "microkernels/table.h" nogil:
         void (*finish)(dfp_digit_rows*) noexcept nogil
         void (*finish_transposed)(const dfp_digit_rows*, int64_t) noexcept nogil
     const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_K_3, DFP_DIGIT_K_4
+    ctypedef void (*dfp_multiply)(const dfp_tile*) noexcept nogil
     ctypedef struct dfp_kernel:
         const char* isa
         int mr, nr
-        void (*exact)(const dfp_tile*) noexcept nogil
-        void (*spill)(const dfp_tile*) noexcept nogil
+        dfp_multiply exact, spill, exact_narrow, spill_narrow
         uint32_t (*absmax_bits)(const float*, int64_t) noexcept nogil
         void (*quantize)(const float*, int64_t, float, float, float, bint, bint,
                          int16_t*) noexcept nogil

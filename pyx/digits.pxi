@@ -328,6 +328,7 @@ cdef void pack_lines(Gemm* g, Block* block, int64_t k0, int64_t kc, int16_t* gat
     cdef const int16_t* data = a.data + block.item * g.a_batch
     cdef const int16_t* row
     cdef int64_t i, s
+    cdef Place at
     if d.mirrored:
         pack_mirrored(g, block, k0, kc, <const int16_t**>gathered, out)
     elif d.flat:
@@ -338,10 +339,13 @@ cdef void pack_lines(Gemm* g, Block* block, int64_t k0, int64_t kc, int16_t* gat
                             min(kc - s * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP),
                             out + s * d.a_step)
     else:
+        if a.kind == PATCHES:
+            at = place_of(a.window.positions, block.m0)
         for i in range(block.mc):
             row = data + (block.m0 + i) * a.ld + k0
             if a.kind == PATCHES:
-                gather(&a.window, data, block.m0 + i, k0, kc, gathered)
+                gather(&a.window, data, &at, k0, kc, gathered)
+                go_on(&at, a.window.positions)
                 row = gathered
             kernel.digits.lines(row, kc, d.products, out + i * DFP_DIGIT_STEP, d.a_step, d.a_plane)
 

@@ -47,6 +47,7 @@ cdef struct Gemm:
     # How: filled in by gemm_plan.
     int threads
     int64_t mr, nr              # of a tile of C
+    dfp_multiply multiply       # and the microkernel for it
     int64_t tile_values         # sums that lie together
     int64_t mb, nb, kb, m_blocks, n_blocks
     int64_t segment         # spill: products after which chains restart, in K
@@ -94,10 +95,15 @@ cdef void gemm_plan(Gemm* g) noexcept nogil:
 
 cdef void pairs_plan(Gemm* g) noexcept nogil:
     """The plan for the pairs of int16 of dfp_tile."""
-    cdef int64_t mr = kernel.mr, nr = kernel.nr
+    cdef bint narrow = kernel.exact_narrow != NULL and g.n <= kernel.nr // 2
+    cdef int64_t mr = kernel.mr, nr = kernel.nr // 2 if narrow else kernel.nr
     cdef int64_t qq = <int64_t>qmax_of(g.a_bits) * qmax_of(g.b_bits)
     cdef int64_t limit = safe_chain(g.a_bits, g.b_bits, 0 if g.spill else 65535)
     g.mr, g.nr, g.tile_values = mr, nr, mr * nr
+    if narrow:
+        g.multiply = kernel.spill_narrow if g.spill else kernel.exact_narrow
+    else:
+        g.multiply = kernel.spill if g.spill else kernel.exact
     g.narrow_k = (<int64_t>1 << 47) // qq // 2 * 2
     g.wide = not g.spill and g.k > g.narrow_k
 
@@ -219,10 +225,10 @@ cdef void gemm_run(Gemm* g, char* scratch) noexcept nogil:
 
 cdef void pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
-    cdef int64_t panels = (g.n + kernel.nr - 1) // kernel.nr
-    cdef int64_t n0 = i % panels * kernel.nr
-    pack_b_panel(&g.b, g.b.data + i // panels * g.b_batch, n0, min(kernel.nr, g.n - n0),
-                 0, g.k, <int16_t*>g.scratch + i * kernel.nr * round_up(g.k, 2))
+    cdef int64_t panels = (g.n + g.nr - 1) // g.nr
+    cdef int64_t n0 = i % panels * g.nr
+    pack_b_panel(&g.b, g.b.data + i // panels * g.b_batch, n0, min(g.nr, g.n - n0), g.nr,
+                 0, g.k, <int16_t*>g.scratch + i * g.nr * round_up(g.k, 2))
 
 
 # The part of C a task computes, and where its sums wait.
@@ -251,7 +257,7 @@ cdef void locate_block(Gemm* g, int64_t i, char* mine, Block* block) noexcept no
 
 cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
-    cdef int64_t nr = kernel.nr, panels = (g.n + nr - 1) // nr, split = i % g.splits
+    cdef int64_t nr = g.nr, panels = (g.n + nr - 1) // nr, split = i % g.splits
     cdef int64_t k0 = split * g.split_k, end = min(g.k, k0 + g.split_k), panel, kc, pairs
     cdef char* mine = g.scratch + g.shared_bytes + thread * g.task_bytes
     cdef int16_t* a_pack = <int16_t*>mine
@@ -280,7 +286,7 @@ cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
             else:
                 b = b_pack
                 pack_b_panel(&g.b, g.b.data + block.item * g.b_batch, block.n0 + panel * nr,
-                             min(nr, block.nc - panel * nr), k0, kc, b_pack)
+                             min(nr, block.nc - panel * nr), nr, k0, kc, b_pack)
             multiply_panel(g, &block, &a, b, panel, pairs,
                            min(round_up(g.segment, 2) // 2, pairs))
         if block.flush:
@@ -307,7 +313,7 @@ cdef void add_splits_task(void* work, int64_t i, int thread) noexcept nogil:
 
 cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int64_t panel,
                          int64_t pairs, int64_t segment) noexcept nogil:
-    cdef int64_t mr = kernel.mr, nr = kernel.nr, tiles = (block.mc + mr - 1) // mr
+    cdef int64_t mr = g.mr, nr = g.nr, tiles = (block.mc + mr - 1) // mr
     cdef int64_t t, rows, cols = min(nr, block.nc - panel * nr)
     cdef bint direct
     cdef char* acc
@@ -333,10 +339,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
             tile.stream = g.stream
         elif block.last and g.fast:
             tile.c = block.spare
-        if g.spill:
-            kernel.spill(&tile)
-        else:
-            kernel.exact(&tile)
+        g.multiply(&tile)
         if g.wide and (block.first or block.flush):
             widen(g, acc, block.first, block.flush)
         if block.last and not g.fast:

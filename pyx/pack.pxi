@@ -140,21 +140,15 @@ cdef inline bint within(const Window* v, int64_t d0, int64_t h0, int64_t w0) noe
             and max(h0, h1) < v.size[1] and w0 >= 0 and w1 < v.size[2])
 
 
-cdef void gather(const Window* v, const int16_t* image, int64_t position, int64_t j0, int64_t count,
+cdef void gather(const Window* v, const int16_t* image, const Place* at, int64_t j0, int64_t count,
                  int16_t* to) noexcept nogil:
     """Copies elements j0 .. j0 + count of the window's (tap, channel) axis at one position."""
-    cdef int64_t w0 = position % v.positions[2] * v.step[2] + v.offset[2]
-    position //= v.positions[2]
-    cdef int64_t h0 = position % v.positions[1] * v.step[1] + v.offset[1]
-    position //= v.positions[1]
-    cdef int64_t d0 = position % v.positions[0] * v.step[0] + v.offset[0]
-    position //= v.positions[0]
-    cdef int64_t end = j0 + count
-    cdef int64_t tap = j0 // v.padded, j = j0
-    cdef int64_t tw = tap % v.taps[2]
-    cdef int64_t th = tap // v.taps[2] % v.taps[1]
-    cdef int64_t td = tap // v.taps[2] // v.taps[1]
-    cdef int64_t d, h, w, c, n, run, low, high
+    cdef int64_t w0 = at.w * v.step[2] + v.offset[2]
+    cdef int64_t h0 = at.h * v.step[1] + v.offset[1]
+    cdef int64_t d0 = at.d * v.step[0] + v.offset[0]
+    cdef int64_t end = j0 + count, j = j0
+    cdef int64_t td, th, tw, d, h, w, c, n, run, low, high
+    cdef Place tap
     cdef const int16_t* row
     # Taps next to each other in memory are copied in one go.
     cdef bint adjacent = v.tap_step[2] == 1 and v.channels == v.pixel == v.padded
@@ -164,10 +158,12 @@ cdef void gather(const Window* v, const int16_t* image, int64_t position, int64_
         for td in range(v.taps[0]):
             for th in range(v.taps[1]):
                 d, h = d0 + td * v.tap_step[0], h0 + th * v.tap_step[1]
-                copy_s16(to, image + (((position * v.size[0] + d) * v.size[1] + h) * v.size[2]
+                copy_s16(to, image + (((at.item * v.size[0] + d) * v.size[1] + h) * v.size[2]
                                       + w0) * v.pixel, run)
                 to += run
         return
+    tap = place_of(v.taps, j0 // v.padded)
+    td, th, tw = tap.d, tap.h, tap.w
     while j < end:
         d, h = d0 + td * v.tap_step[0], h0 + th * v.tap_step[1]
         if not (0 <= d < v.size[0] and 0 <= h < v.size[1]):
@@ -177,7 +173,7 @@ cdef void gather(const Window* v, const int16_t* image, int64_t position, int64_
             j += n
             tw = v.taps[2]
         else:
-            row = image + ((position * v.size[0] + d) * v.size[1] + h) * v.size[2] * v.pixel
+            row = image + ((at.item * v.size[0] + d) * v.size[1] + h) * v.size[2] * v.pixel
             if adjacent:
                 # Elements of this kernel row, counted from the image row's own start.
                 run = min(end - j, ((td * v.taps[1] + th + 1) * v.taps[2]) * v.padded - j)
@@ -274,6 +270,7 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
                  int16_t* to, ABlock* block) noexcept nogil:
     """Makes rows m0 .. m0 + mc and products k0 .. k0 + kc of A readable for the microkernel."""
     cdef int64_t mr = kernel.mr, pairs = (kc + 1) // 2, i, stride
+    cdef Place at
     cdef int16_t* even
     cdef int16_t* odd
     block.data = to
@@ -283,8 +280,10 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
     elif s.kind == PATCHES:
         stride = patch_stride(kc)
         block.row_stride, block.pair_stride, block.tile_stride = stride, 2, mr * stride
+        at = place_of(s.window.positions, m0)
         for i in range(mc):
-            gather(&s.window, data, m0 + i, k0, kc, to + i * stride)
+            gather(&s.window, data, &at, k0, kc, to + i * stride)
+            go_on(&at, s.window.positions)
             if kc % 2:
                 to[i * stride + kc] = 0
     else:
@@ -296,14 +295,19 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
         if s.kind == PATCHES_T and s.window.channels % mr == 0:
             pack_patches_t(&s.window, data, m0, mc, k0, kc, block.tile_stride, to)
             return
+        if s.kind == PATCHES_T:
+            at = place_of(s.window.positions, k0)
         for i in range(0, 2 * pairs, 2):
             if s.kind == COLUMNS:
                 kernel.interleave(data + (k0 + i) * s.ld + m0,
                                   data + (k0 + min(i + 1, kc - 1)) * s.ld + m0,
                                   mc, <int>mr, block.tile_stride, to + i * mr)
             else:
-                gather(&s.window, data, k0 + i, m0, mc, even)
-                gather(&s.window, data, k0 + min(i + 1, kc - 1), m0, mc, odd)
+                gather(&s.window, data, &at, m0, mc, even)
+                if i + 1 < kc:
+                    go_on(&at, s.window.positions)
+                gather(&s.window, data, &at, m0, mc, odd)
+                go_on(&at, s.window.positions)
                 kernel.interleave(even, odd, mc, <int>mr, block.tile_stride, to + i * mr)
 
 
@@ -321,10 +325,10 @@ cdef inline const int16_t* b_row(BSource* s, const int16_t* data, int64_t k) noe
     return data + ((d * s.size[1] + h) * s.size[2] + w) * s.tap_stride + c * s.k_stride
 
 
-cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, int64_t k0,
-                       int64_t kc, int16_t* to) noexcept nogil:
+cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, int64_t nr,
+                       int64_t k0, int64_t kc, int16_t* to) noexcept nogil:
     """Packs columns n0 .. n0 + nc, products k0 .. k0 + kc as [pairs][nr][2], zeros beyond."""
-    cdef int64_t nr = kernel.nr, pairs = (kc + 1) // 2, k, i, n
+    cdef int64_t pairs = (kc + 1) // 2, k, i, n
     cdef const int16_t* p
     cdef const int16_t* q
     for k in range(pairs):

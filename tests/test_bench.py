@@ -340,7 +340,12 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     command = [sys.executable, "-m", "keras_dfp", "bench", "gemm", "--repeats", "100"]
     command += ["--size", "64", "--size", "4096", "--json", str(written)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore it, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         for line in process.stdout:
             if line.startswith("64 x 64 x 64 "):

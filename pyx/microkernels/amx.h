@@ -422,6 +422,7 @@ static const dfp_digits dfp_digits__amx = {
 static const dfp_kernel dfp_kernel__amx = {
     "amx", 8, 32,
     gemm_s16_exact__avx512vnni, gemm_s16_spill__avx512vnni,
+    gemm_s16_exact_narrow__avx512vnni, gemm_s16_spill_narrow__avx512vnni,
     DFP_LOOPS, peak_s16__amx, &dfp_digits__amx,
 };
 #undef ISA

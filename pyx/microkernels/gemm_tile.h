@@ -1,9 +1,9 @@
-/* The register tile, written once for every vector instruction set.
+/* The microkernels, written once for every vector instruction set.
  *
  * Included by one header per instruction set, which defines
  *   ISA, ISA_NAME     suffix of the names, and the name as a string
  *   TARGET            __attribute__((target(...))) or nothing
- *   MR, NV            rows of the tile, vectors per row
+ *   MR, NV            rows of the register tile, vectors per row: 2, and 1 in the narrow tile
  *   LANES             int32 lanes of a vector
  *   V_REGISTER        the constraint of inline assembly for a vector register
  *   VI, VF            the integer and the float vector types
@@ -49,81 +49,14 @@
 
 #include "loops.h"
 
-#define NR (NV * LANES)
+#define TILE_NV NV
+#define TILE(f) DFP_CAT(f##__, ISA)
+#include "register_tile.h"
 
-/* One chain: `n` pairs into the int32 accumulators. */
-#define RUN_CHAIN(n)                                                             \
-    for (int64_t u = 0; u < (n); u++) {                                          \
-        VI bv[NV];                                                               \
-        UNROLL for (int j = 0; j < NV; j++) bv[j] = V_LOAD(b + j * 2 * LANES);   \
-        UNROLL for (int i = 0; i < MR; i++) {                                    \
-            const VI av = V_PAIR(a[i] + at);                                     \
-            UNROLL for (int j = 0; j < NV; j++)                                  \
-                V_DOT(acc[i][j], av, bv[j]);                                     \
-        }                                                                        \
-        b += 2 * NR;                                                             \
-        at += t->pair_stride;                                                    \
-    }
-
-#define OPEN_TILE                                                                \
-    const int16_t *a[MR], *b = t->b;                                             \
-    int64_t at = 0;                                                              \
-    UNROLL for (int i = 0; i < MR; i++)                                          \
-        a[i] = t->a + (i < t->rows ? i : t->rows - 1) * t->row_stride;           \
-    VI acc[MR][NV];
-
-TARGET static void DFP_CAT(gemm_s16_exact__, ISA)(const dfp_tile *t) {
-    OPEN_TILE
-    VI hi[MR][NV];
-    if (t->resume) {
-        UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
-            hi[i][j] = V_LOADU(t->acc + i * NR + j * LANES);
-            acc[i][j] = V_LOADU(t->acc + (MR + i) * NR + j * LANES);
-        }
-    } else {
-        UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-            hi[i][j] = acc[i][j] = V_ZERO();
-    }
-    for (int64_t left = t->pairs; left > 0; left -= t->chain) {
-        const int64_t n = left < t->chain ? left : t->chain;
-        RUN_CHAIN(n)
-        /* What stays in the accumulator is small: the bound on chains leaves room. */
-        UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-            CARRY(hi[i][j], acc[i][j]);
-    }
-    if (!t->c) {
-        UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++) {
-            V_STOREU(t->acc + i * NR + j * LANES, hi[i][j]);
-            V_STOREU(t->acc + (MR + i) * NR + j * LANES, acc[i][j]);
-        }
-        return;
-    }
-    const VF scale = F_SET1(t->scale);
-    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-        STORE_F(t->c + i * t->ldc + j * LANES, F_MUL(F_ROUND(hi[i][j], acc[i][j]), scale));
-}
-
-TARGET static void DFP_CAT(gemm_s16_spill__, ISA)(const dfp_tile *t) {
-    OPEN_TILE
-    VF sum[MR][NV];
-    float *const carried = (float *)t->acc;
-    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-        sum[i][j] = t->resume ? F_LOADU(carried + i * NR + j * LANES) : F_ZERO();
-    for (int64_t done = 0; done < t->pairs; done += t->segment)
-        for (int64_t left = t->segment; left > 0; left -= t->chain) {
-            const int64_t n = left < t->chain ? left : t->chain;
-            UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-                acc[i][j] = V_ZERO();
-            RUN_CHAIN(n)
-            UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-                sum[i][j] = F_ADD(sum[i][j], F_FROM(acc[i][j]));
-        }
-    float *const out = t->c ? t->c : carried;
-    const int64_t ld = t->c ? t->ldc : NR;
-    const VF scale = F_SET1(t->c ? t->scale : 1.0f);
-    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < NV; j++)
-        STORE_F(out + i * ld + j * LANES, F_MUL(sum[i][j], scale));
-}
+/* Of half the columns, for products that have no more: the wide tile would compute zeros. */
+#define TILE_NV (NV / 2)
+#define TILE(f) DFP_CAT(f##_narrow__, ISA)
+#include "register_tile.h"
 
 TARGET static int64_t DFP_CAT(peak_s16__, ISA)(int64_t rounds) {
     VI acc[12], one = V_SET1(65537);
@@ -139,17 +72,15 @@ TARGET static int64_t DFP_CAT(peak_s16__, ISA)(int64_t rounds) {
 }
 
 static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
-    ISA_NAME, MR, NR,
+    ISA_NAME, MR, NV * LANES,
     DFP_CAT(gemm_s16_exact__, ISA), DFP_CAT(gemm_s16_spill__, ISA),
+    DFP_CAT(gemm_s16_exact_narrow__, ISA), DFP_CAT(gemm_s16_spill_narrow__, ISA),
     DFP_LOOPS, DFP_CAT(peak_s16__, ISA), NULL,
 };
 
-#undef NR
-#undef RUN_CHAIN
 #undef STORE_F
 #undef CARRY
 #undef F_ROUND
-#undef OPEN_TILE
 #undef UNROLL
 #undef ISA
 #undef ISA_NAME

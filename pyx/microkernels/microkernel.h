@@ -40,6 +40,8 @@ typedef struct {
     int stream;
 } dfp_tile;
 
+typedef void (*dfp_multiply)(const dfp_tile *);
+
 /* What a depthwise convolution does with a patch of pixels that the same kernel positions reach:
  * products of int16 rows, channel by channel, 0 <= c < n. Term k of pixel (h, p) of item m (an
  * image) reads the row at x[k] + m * x_item + h * x_row + p * x_step. A chain of `chain` pairs of
@@ -168,8 +170,9 @@ typedef struct {
 typedef struct {
     const char *isa;
     int mr, nr;
-    void (*exact)(const dfp_tile *);
-    void (*spill)(const dfp_tile *);
+    dfp_multiply exact, spill;
+    /* Of nr / 2 columns; NULL where they would not be faster. */
+    dfp_multiply exact_narrow, spill_narrow;
     /* The largest bit pattern of |x[i]|: at least 0x7f800000 if there is a NaN or an Inf. */
     uint32_t (*absmax_bits)(const float *x, int64_t n);
     /* q[i] = clamp(round(x[i] * 2**-e), -qmax, qmax), nearest-even or toward zero; -e is the sum

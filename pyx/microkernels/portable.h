@@ -107,7 +107,7 @@ static int64_t peak_s16__portable(int64_t rounds) {
 
 static const dfp_kernel dfp_kernel__portable = {
     "portable", PORTABLE_MR, PORTABLE_NR,
-    gemm_s16_exact__portable, gemm_s16_spill__portable,
+    gemm_s16_exact__portable, gemm_s16_spill__portable, NULL, NULL,
     DFP_LOOPS, peak_s16__portable, NULL,
 };
 

@@ -93,15 +93,18 @@ static int16_t a_at(const dfp_tile *t, int64_t i, int64_t k) {
     return t->a[row * t->row_stride + k / 2 * t->pair_stride + k % 2];
 }
 
+/* Whether the tile has half the columns, and how many it has. */
+static int narrow, nr;
+
 static void expect_sums(const dfp_tile *t, int resume) {
     for (int64_t i = 0; i < kernel->mr; i++)
-        for (int64_t j = 0; j < kernel->nr; j++) {
+        for (int64_t j = 0; j < nr; j++) {
             int64_t exact = resume ? exact_sum[i][j] : 0;
             float sum = resume ? float_sum[i][j] : 0.0f;
             int64_t chain = 0;
             for (int64_t p = 0; p < t->pairs; p++) {
                 for (int64_t k = 2 * p; k < 2 * p + 2; k++)
-                    chain += (int64_t)a_at(t, i, k) * t->b[(p * kernel->nr + j) * 2 + k % 2];
+                    chain += (int64_t)a_at(t, i, k) * t->b[(p * nr + j) * 2 + k % 2];
                 if ((p % t->segment + 1) % t->chain == 0 || (p + 1) % t->segment == 0) {
                     exact += chain;
                     sum += (float)chain;
@@ -131,15 +134,15 @@ static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, in
             a_space[t->a - a_space + i * t->row_stride + k / 2 * t->pair_stride + k % 2] =
                 mantissa(kind, qa);
     t->b = b_space;
-    for (int64_t i = 0; i < pairs * kernel->nr * 2; i++) b_space[i] = mantissa(kind, qb);
+    for (int64_t i = 0; i < pairs * nr * 2; i++) b_space[i] = mantissa(kind, qb);
 }
 
 static void check_c(const dfp_tile *t, int spill, int exponent, const char *what) {
-    const float *end = t->c + (kernel->mr - 1) * t->ldc + kernel->nr;
+    const float *end = t->c + (kernel->mr - 1) * t->ldc + nr;
     for (float *c = c_space; c < c_space + MAX_TILE * (MAX_TILE + 32); c++) {
         const int64_t i = (c - t->c) / t->ldc, j = (c - t->c) % t->ldc;
         float expected = float_of(0x7fc0dead);
-        if (c >= t->c && c < end && j < kernel->nr)
+        if (c >= t->c && c < end && j < nr)
             expected = spill ? (float)ldexp(float_sum[i][j], exponent)
                              : rounded(exact_sum[i][j], exponent);
         CHECK(bits_of(*c) == bits_of(expected), "%s, c[%d][%d]: got %a, expected %a", what, (int)i,
@@ -148,7 +151,7 @@ static void check_c(const dfp_tile *t, int spill, int exponent, const char *what
 }
 
 static void check_tile(int spill) {
-    const int tile = kernel->mr * kernel->nr;
+    const int tile = kernel->mr * nr;
     const int qa = (1 << between(7, 15)) - 1, qb = (1 << between(7, 15)) - 1;
     const enum data kind = word() % KINDS;
     const int64_t limit = (INT32_MAX - (spill ? 0 : 65535)) / ((int64_t)qa * qb) / 2;
@@ -157,16 +160,16 @@ static void check_tile(int spill) {
     t.chain = word() % 4 ? limit : between(1, limit);
     t.resume = word() % 3 == 0;
     for (int i = 0; i < kernel->mr; i++)
-        for (int j = 0; j < kernel->nr; j++) {
+        for (int j = 0; j < nr; j++) {
             /* Room for what the parts add: |v| stays below 2**47. */
             const int32_t hi = (int32_t)between(-2000000000, 2000000000), lo = word() & 65535;
             exact_sum[i][j] = (int64_t)hi * 65536 + lo;
             float_sum[i][j] = (float)hi;
             if (spill) {
-                memcpy(acc_space + i * kernel->nr + j, &float_sum[i][j], sizeof(float));
+                memcpy(acc_space + i * nr + j, &float_sum[i][j], sizeof(float));
             } else {
-                acc_space[i * kernel->nr + j] = hi;
-                acc_space[tile + i * kernel->nr + j] = lo;
+                acc_space[i * nr + j] = hi;
+                acc_space[tile + i * nr + j] = lo;
             }
         }
     for (int part = 0; part < parts; part++) {
@@ -177,15 +180,16 @@ static void check_tile(int spill) {
         t.c = NULL;
         if (part == parts - 1) {
             t.stream = word() % 2;
-            t.ldc = t.stream ? (kernel->nr + 15) / 16 * 16 + 16 * between(0, 1)
-                             : kernel->nr + between(0, 9);
+            t.ldc = t.stream ? (nr + 15) / 16 * 16 + 16 * between(0, 1)
+                             : nr + between(0, 9);
             t.c = c_space + (t.stream ? 16 : between(0, 20));
             for (int i = 0; i < MAX_TILE * (MAX_TILE + 32); i++) c_space[i] = float_of(0x7fc0dead);
         }
-        (spill ? kernel->spill : kernel->exact)(&t);
+        (narrow ? spill ? kernel->spill_narrow : kernel->exact_narrow
+                : spill ? kernel->spill : kernel->exact)(&t);
         t.resume = 1;
         for (int n = 0; !t.c && n < tile; n++) {
-            const int i = n / kernel->nr, j = n % kernel->nr;
+            const int i = n / nr, j = n % nr;
             const int32_t hi = acc_space[n], lo = acc_space[tile + n];
             if (spill)
                 CHECK((uint32_t)hi == bits_of(float_sum[i][j]), "acc[%d][%d]: got %a, expected %a",
@@ -201,20 +205,20 @@ static void check_tile(int spill) {
 
 /* Sums beside the ties of rounding to float32, and at both ends of their range. */
 static void check_rounding(void) {
-    const int tile = kernel->mr * kernel->nr;
-    dfp_tile t = {.acc = acc_space, .scale = 1.0f, .resume = 1, .c = c_space, .ldc = kernel->nr};
+    const int tile = kernel->mr * nr;
+    dfp_tile t = {.acc = acc_space, .scale = 1.0f, .resume = 1, .c = c_space, .ldc = nr};
     fill_operands(&t, 1, LARGEST, 0, 0);
     t.segment = t.chain = 1;
     for (int n = 0; n < tile; n++) {
         int64_t v = near_tie(between(24, 46));
         if (word() % 8 == 0) v = (((int64_t)1 << 47) - 1) * (word() % 2 ? 1 : -1);
         if (word() % 8 == 0) v = 0;
-        exact_sum[n / kernel->nr][n % kernel->nr] = v;
+        exact_sum[n / nr][n % nr] = v;
         acc_space[n] = (int32_t)((v - (v & 65535)) / 65536);
         acc_space[tile + n] = (int32_t)(v & 65535);
     }
     for (int i = 0; i < MAX_TILE * (MAX_TILE + 32); i++) c_space[i] = float_of(0x7fc0dead);
-    kernel->exact(&t);
+    (narrow ? kernel->exact_narrow : kernel->exact)(&t);
     check_c(&t, 0, 0, "rounding");
 }
 
@@ -810,9 +814,12 @@ static void check_kernel(const dfp_kernel *k) {
     kernel = k;
     checks = 0;
     CHECK(k->mr <= MAX_TILE && k->nr <= MAX_TILE, "tile of %d x %d", k->mr, k->nr);
-    for (int i = 0; i < 150; i++) check_tile(0);
-    for (int i = 0; i < 150; i++) check_tile(1);
-    for (int i = 0; i < 200; i++) check_rounding();
+    for (narrow = 0; narrow <= (k->exact_narrow != NULL); narrow++) {
+        nr = narrow ? k->nr / 2 : k->nr;
+        for (int i = 0; i < 150; i++) check_tile(0);
+        for (int i = 0; i < 150; i++) check_tile(1);
+        for (int i = 0; i < 200; i++) check_rounding();
+    }
     for (int i = 0; i < 1000; i++) check_quantize();
     for (int i = 0; i < 500; i++) check_absmax();
     for (int i = 0; i < 500; i++) check_interleave();
