@@ -139,7 +139,9 @@ def test_more_threads_than_cores(one_large, threads):
     with running(extension.isa(), 1):
         alone = cpu_time(one_large)
     with running(extension.isa(), threads):
-        assert cpu_time(one_large) < 3 * alone
+        # To wake a thread takes tens of microseconds, whatever the work; waiting by spinning,
+        # milliseconds.
+        assert cpu_time(one_large) < 3 * alone + 2e-4 * threads
         products()
 
 
