@@ -75,7 +75,7 @@ cdef extern from "microkernels/table.h" nogil:
                          int16_t*) noexcept nogil
         void (*stochastic)(const float*, int64_t, int64_t, double, double, const uint32_t*,
                            uint64_t, int16_t*) noexcept nogil
-        void (*interleave)(const int16_t*, const int16_t*, int64_t, int, int64_t,
+        void (*interleave)(const int16_t*, const int16_t*, int64_t, int64_t, int64_t, int, int64_t,
                            int16_t*) noexcept nogil
         void (*depthwise_patch)(const dfp_patch*) noexcept nogil
         void (*depthwise_dots)(const dfp_patch*) noexcept nogil

@@ -55,12 +55,6 @@ cdef struct Scatter:
 cdef struct Place:
     int64_t item, d, h, w
 
-cdef extern from * nogil:
-    """
-    #define dfp_prefetch(p) __builtin_prefetch(p, 0, 2)
-    """
-    void prefetch "dfp_prefetch"(const void* p)
-
 cdef enum:
     MAX_NR = 64
 
@@ -217,22 +211,40 @@ cdef void pack_patches_t(const Window* v, const int16_t* image, int64_t m0, int6
                          int64_t kc, int64_t panel, int16_t* to) noexcept nogil:
     """Elements m0 .. m0 + mc of the window's axis at positions k0 .. k0 + kc, in panels; a tap's
     channels fill whole panels, so they are interleaved straight from the image."""
-    cdef int64_t mr = kernel.mr, j = m0, c, n, pair, i
+    cdef int64_t mr = kernel.mr, j = m0, step = v.step[2] * v.pixel, c, n, k, pairs
     cdef Place tap, at
-    cdef const int16_t* rows[2]
+    cdef const int16_t* p
+    cdef const int16_t* q
+    cdef int16_t* out
     while j < m0 + mc:
         tap, c = place_of(v.taps, j // v.padded), j % v.padded
         n = min(m0 + mc - j, v.channels - c)
         at = place_of(v.positions, k0)
-        for pair in range((kc + 1) // 2):
-            for i in range(2):
-                rows[i] = NULL
-                if 2 * pair + i < kc:
-                    rows[i] = tap_pixel(v, image, &at, &tap)
+        out = to + (j - m0) // mr * panel
+        k = 0
+        while k < kc:
+            p = tap_pixel(v, image, &at, &tap)
+            pairs = min(kc - k, in_a_row(v, &at, &tap)) // 2
+            if p != NULL and pairs:
+                # Pixels at equal distances, all inside of the image.
+                kernel.interleave(p + c, p + step + c, 2 * step, pairs, n, <int>mr, panel, out)
+                at.w += 2 * pairs - 1
+            else:
+                pairs, q = 1, NULL
+                if k + 1 < kc:
                     go_on(&at, v.positions)
-            interleave_or_zero(rows[0], rows[1], c, n, mr, panel, to + (j - m0) // mr * panel
-                               + pair * 2 * mr)
+                    q = tap_pixel(v, image, &at, &tap)
+                interleave_or_zero(p, q, c, n, mr, panel, out)
+            go_on(&at, v.positions)
+            out += pairs * 2 * mr
+            k += 2 * pairs
         j += n
+
+
+cdef inline int64_t in_a_row(const Window* v, const Place* at, const Place* tap) noexcept nogil:
+    """Positions from here on in this row at which the tap meets the image, if it does here."""
+    cdef int64_t w = at.w * v.step[2] + v.offset[2] + tap.w * v.tap_step[2]
+    return min(v.positions[2] - at.w, (v.size[2] - 1 - w) // v.step[2] + 1)
 
 
 cdef inline const int16_t* tap_pixel(const Window* v, const int16_t* image, const Place* at,
@@ -256,12 +268,13 @@ cdef inline void interleave_or_zero(const int16_t* p, const int16_t* q, int64_t 
     """interleave, where a missing pixel is zeros."""
     cdef int64_t i = 0
     if p != NULL and q != NULL:
-        kernel.interleave(p + c, q + c, n, <int>mr, panel, to)
+        kernel.interleave(p + c, q + c, 0, 1, n, <int>mr, panel, to)
         return
     while i < n:
         # Panel by panel: the row of zeros is short.
         kernel.interleave(p + c + i if p != NULL else zero_row,
-                          q + c + i if q != NULL else zero_row, min(mr, n - i), <int>mr, 0, to)
+                          q + c + i if q != NULL else zero_row, 0, 1, min(mr, n - i), <int>mr, 0,
+                          to)
         to += panel
         i += mr
 
@@ -292,23 +305,26 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
         stride = round_up(mc, mr)
         even = to + stride * pairs * 2
         odd = even + stride
-        if s.kind == PATCHES_T and s.window.channels % mr == 0:
+        if s.kind == COLUMNS:
+            data += k0 * s.ld + m0
+            kernel.interleave(data, data + s.ld, 2 * s.ld, kc // 2, mc, <int>mr, block.tile_stride,
+                              to)
+            if kc % 2:
+                # With what is in the place of the missing row, B has zeros to multiply.
+                data += (kc - 1) * s.ld
+                kernel.interleave(data, data, 0, 1, mc, <int>mr, block.tile_stride,
+                                  to + (kc - 1) * mr)
+        elif s.window.channels % mr == 0:
             pack_patches_t(&s.window, data, m0, mc, k0, kc, block.tile_stride, to)
-            return
-        if s.kind == PATCHES_T:
+        else:
             at = place_of(s.window.positions, k0)
-        for i in range(0, 2 * pairs, 2):
-            if s.kind == COLUMNS:
-                kernel.interleave(data + (k0 + i) * s.ld + m0,
-                                  data + (k0 + min(i + 1, kc - 1)) * s.ld + m0,
-                                  mc, <int>mr, block.tile_stride, to + i * mr)
-            else:
+            for i in range(0, 2 * pairs, 2):
                 gather(&s.window, data, &at, m0, mc, even)
                 if i + 1 < kc:
                     go_on(&at, s.window.positions)
                 gather(&s.window, data, &at, m0, mc, odd)
                 go_on(&at, s.window.positions)
-                kernel.interleave(even, odd, mc, <int>mr, block.tile_stride, to + i * mr)
+                kernel.interleave(even, odd, 0, 1, mc, <int>mr, block.tile_stride, to + i * mr)
 
 
 cdef inline const int16_t* b_row(BSource* s, const int16_t* data, int64_t k) noexcept nogil:
@@ -328,26 +344,28 @@ cdef inline const int16_t* b_row(BSource* s, const int16_t* data, int64_t k) noe
 cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, int64_t nr,
                        int64_t k0, int64_t kc, int16_t* to) noexcept nogil:
     """Packs columns n0 .. n0 + nc, products k0 .. k0 + kc as [pairs][nr][2], zeros beyond."""
-    cdef int64_t pairs = (kc + 1) // 2, k, i, n
+    cdef int64_t k = 0, pairs, i, n
     cdef const int16_t* p
     cdef const int16_t* q
-    for k in range(pairs):
-        p = b_row(s, data, k0 + 2 * k)
-        q = b_row(s, data, k0 + 2 * k + 1) if 2 * k + 1 < kc else NULL
+    while k < kc:
+        p = b_row(s, data, k0 + k)
+        q = b_row(s, data, k0 + k + 1) if k + 1 < kc else NULL
+        pairs = 1
         if s.n_stride == 1:
-            p = p + n0 if p != NULL else zero_row
-            q = q + n0 if q != NULL else zero_row
-            # The next panel's: rows are too far apart for the hardware to see it coming.
-            prefetch(p + nr)
-            prefetch(q + nr)
-            kernel.interleave(p, q, nc, <int>nr, 0, to + k * nr * 2)
+            if p != NULL:
+                # As many as follow each other in this tap.
+                pairs = max(min(kc - k, s.channels - (k0 + k) % s.padded) // 2, pairs)
+            kernel.interleave(p + n0 if p != NULL else zero_row, q + n0 if q != NULL else zero_row,
+                              2 * s.k_stride, pairs, nc, <int>nr, 0, to)
         elif q == p + 1 and nc == nr:
             # Pairs lie side by side: copy them as one.
             p += n0 * s.n_stride
             for i in range(nr):
-                memcpy(to + (k * nr + i) * 2, p + i * s.n_stride, 4)
+                memcpy(to + i * 2, p + i * s.n_stride, 4)
         else:
             for i in range(nr):
                 n = (n0 + i) * s.n_stride
-                to[(k * nr + i) * 2] = p[n] if p != NULL and i < nc else 0
-                to[(k * nr + i) * 2 + 1] = q[n] if q != NULL and i < nc else 0
+                to[i * 2] = p[n] if p != NULL and i < nc else 0
+                to[i * 2 + 1] = q[n] if q != NULL and i < nc else 0
+        to += pairs * 2 * nr
+        k += 2 * pairs

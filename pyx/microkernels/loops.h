@@ -97,26 +97,49 @@ TARGET static void DFP_CAT(stochastic_f32_s16__, ISA)(const float *x, int64_t n,
 
 #undef COUNTERS
 
-#define INTERLEAVE(MR_)                                                          \
-    for (; c + MR_ <= n; c += MR_, out += panel)                                 \
-        for (int i = 0; i < MR_; i++) {                                          \
-            out[2 * i] = p[c + i];                                               \
-            out[2 * i + 1] = q[c + i];                                           \
-        }
+/* Two int16 that lie next to each other, p first. As one number, because gcc 12 would move the
+ * elements of a pair one by one. */
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define PAIR(p, q) ((uint32_t)(uint16_t)(p) << 16 | (uint16_t)(q))
+#else
+#define PAIR(p, q) ((uint32_t)(uint16_t)(q) << 16 | (uint16_t)(p))
+#endif
+
+/* Of every row, so many elements at a time: all of a line of the cache, in few panels. */
+#define SPAN(width) ((width) < 32 ? 32 / (width) * (width) : (width))
+
+/* The whole panels; a constant width makes vectors of the inner loop. */
+#define INTERLEAVE(width)                                                        \
+    for (int64_t first = 0; first < whole; first += SPAN(width)) {               \
+        const int64_t end = first + SPAN(width) < whole ? first + SPAN(width) : whole; \
+        for (int64_t i = 0; i < pairs; i++) {                                    \
+            const int16_t *pi = p + i * step, *qi = q + i * step;                \
+            pair_s16 *to = (pair_s16 *)(out + first / (width) * panel) + i * (width); \
+            /* What comes next of these rows, which lie too far apart for the    \
+             * hardware to see it coming. */                                     \
+            __builtin_prefetch(pi + end, 0, 2);                                  \
+            __builtin_prefetch(qi + end, 0, 2);                                  \
+            for (int64_t c = first; c < end; c += (width), to += panel / 2)      \
+                for (int l = 0; l < (width); l++) to[l] = PAIR(pi[c + l], qi[c + l]); \
+        }                                                                        \
+    }
 
 TARGET static void DFP_CAT(interleave_s16__, ISA)(const int16_t *restrict p,
-                                                  const int16_t *restrict q, int64_t n, int mr,
-                                                  int64_t panel, int16_t *restrict out) {
-    int64_t c = 0;
+                                                  const int16_t *restrict q, int64_t step,
+                                                  int64_t pairs, int64_t n, int mr, int64_t panel,
+                                                  int16_t *restrict out) {
+    const int64_t whole = n - n % mr;
     if (mr == 4) { INTERLEAVE(4) }
     else if (mr == 8) { INTERLEAVE(8) }
     else if (mr == 16) { INTERLEAVE(16) }
     else if (mr == 32) { INTERLEAVE(32) }
     else { INTERLEAVE(mr) }
-    if (c < n)
-        for (int i = 0; i < mr; i++) {
-            out[2 * i] = c + i < n ? p[c + i] : 0;
-            out[2 * i + 1] = c + i < n ? q[c + i] : 0;
+    if (whole == n) return;
+    out += whole / mr * panel;
+    for (int64_t i = 0; i < pairs; i++, p += step, q += step)
+        for (int l = 0; l < mr; l++, out += 2) {
+            out[0] = whole + l < n ? p[whole + l] : 0;
+            out[1] = whole + l < n ? q[whole + l] : 0;
         }
 }
 

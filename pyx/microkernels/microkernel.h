@@ -184,10 +184,11 @@ typedef struct {
      * element index + i; index is a multiple of 4. */
     void (*stochastic)(const float *x, int64_t n, int64_t index, double factor, double qmax,
                        const uint32_t *key, uint64_t step, int16_t *q);
-    /* out[c / mr][..][c % mr][0, 1] = p[c], q[c]: pairs for panels of mr, `panel` elements apart.
-     * The last panel is filled with zeros. */
-    void (*interleave)(const int16_t *p, const int16_t *q, int64_t n, int mr, int64_t panel,
-                       int16_t *out);
+    /* Pairs for panels of mr, `panel` elements apart: of pair i of the rows p and q, `step` elements
+     * from one to the next, out[c / mr * panel + 2 * (i * mr + c % mr) + {0, 1}] =
+     * {p[i * step + c], q[i * step + c]}, c < n. The last panel is filled with zeros. */
+    void (*interleave)(const int16_t *p, const int16_t *q, int64_t step, int64_t pairs, int64_t n,
+                       int mr, int64_t panel, int16_t *out);
     void (*depthwise_patch)(const dfp_patch *);
     void (*depthwise_dots)(const dfp_patch *);
     void (*depthwise_spill)(const dfp_terms *);

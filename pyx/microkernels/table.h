@@ -11,6 +11,9 @@ static inline int32_t load_s32(const int16_t *p) {
     return v;
 }
 
+/* Two of the int16 that it may alias. */
+typedef uint32_t pair_s16 __attribute__((may_alias, aligned(2)));
+
 #include "portable.h"
 
 #if defined(__x86_64__)

@@ -333,21 +333,26 @@ static void check_absmax(void) {
 }
 
 static void check_interleave(void) {
-    static int16_t p[MAX_N], q[MAX_N];
-    static int16_t out[4 * 2 * MAX_TILE * (MAX_N + 1)];
+    enum { MAX_PAIRS = 5, MAX_STEP = 2 * MAX_N + 20 };
+    static int16_t rows[2 * MAX_N + MAX_PAIRS * MAX_STEP];
+    static int16_t out[(MAX_N + 1) * 2 * (MAX_PAIRS + 2) * MAX_TILE];
     const int width = word() % 2 ? (word() % 2 ? kernel->mr : kernel->nr) : between(1, MAX_TILE);
-    const int64_t n = between(0, MAX_N), panel = 2 * width * between(1, 3);
+    const int64_t n = between(0, MAX_N), pairs = between(0, MAX_PAIRS);
+    const int64_t step = between(0, MAX_STEP), apart = between(0, MAX_N);
     const int64_t panels = (n + width - 1) / width;
-    for (int i = 0; i < n; i++) p[i] = (int16_t)word(), q[i] = (int16_t)word();
+    const int64_t panel = 2 * width * (pairs + between(0, 2));
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) rows[i] = (int16_t)word();
     memset(out, 0x55, sizeof out);
-    kernel->interleave(p, q, n, width, panel, out);
+    kernel->interleave(rows, rows + apart, step, pairs, n, width, panel, out);
     for (int64_t i = 0; i < panels * panel + 2 * width; i++) {
-        const int64_t c = i / panel * width + i % panel / 2;
+        /* Element i lies in a panel, in a pair of rows, and in a pair of elements. */
+        const int64_t in_panel = panel ? i % panel : 0, pair = in_panel / (2 * width);
+        const int64_t c = (panel ? i / panel * width : 0) + in_panel % (2 * width) / 2;
         int expected = 0x5555;
-        if (i < panels * panel && i % panel < 2 * width)
-            expected = c < n ? (i % 2 ? q[c] : p[c]) : 0;
-        CHECK(out[i] == expected, "width %d, n %d, out[%d]: got %d, expected %d", width, (int)n,
-              (int)i, out[i], expected);
+        if (i < panels * panel && pair < pairs)
+            expected = c < n ? rows[pair * step + c + (i % 2 ? apart : 0)] : 0;
+        CHECK(out[i] == expected, "width %d, n %d, pairs %d, step %d, out[%d]: got %d, expected %d",
+              width, (int)n, (int)pairs, (int)step, (int)i, out[i], expected);
     }
 }
 
