@@ -63,6 +63,13 @@ def columns(benchmark: str, run: dict) -> list[Column]:
             Column("peak MB", lambda row: f"{row['peak_memory_mb']:.0f}"),
             _against(first, "peak_memory_mb"),
         ]
+    if benchmark == "pipeline":
+        return [
+            Column("network", lambda row: row["network"], 16, text=True),
+            Column("kB an image", lambda row: f"{row['image_kb']:.0f}", 12),
+            Column("images/s", lambda row: f"{row['images_per_s']:.0f}", 10),
+            Column("CPU ms an image", lambda row: f"{row['cpu_ms']:.2f}", 17),
+        ]
     if benchmark == "gemm":
         label = [Column("M x N x K", lambda row: _size(row), 20, text=True)]
     else:
@@ -254,6 +261,8 @@ def _times(benchmark: str, run: dict) -> dict[str, float]:
         return {_size(row): row["dfp_ms"] for row in run["rows"]}
     if benchmark == "quantise":
         return {f"{row['elements']} {row['rounding']}": row["dfp_ms"] for row in run["rows"]}
+    if benchmark == "pipeline":
+        return {row["network"]: 1e3 / row["images_per_s"] for row in run["rows"]}
     return {row["policy"]: row["step_ms"] for row in run["rows"]}
 
 

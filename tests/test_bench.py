@@ -13,7 +13,17 @@ import pytest
 from click.testing import CliRunner
 
 import keras_dfp
-from keras_dfp.benchmarks import machine, networks, products, quantise, report, run, small, step
+from keras_dfp.benchmarks import (
+    machine,
+    networks,
+    pipeline,
+    products,
+    quantise,
+    report,
+    run,
+    small,
+    step,
+)
 from keras_dfp.cli import main
 
 BOTH = ["float32", "bfloat16"]
@@ -247,6 +257,28 @@ def test_step(tmp_path):
     assert "quantisation" in bench("report", written)
 
 
+def test_pipeline(tmp_path):
+    written = tmp_path / "pipeline.json"
+    arguments = ["--network", "alexnet", "--images", 9, "--batch", 4, "--repeats", 1]
+    output = bench("pipeline", *arguments, "--json", written)
+    (each,) = check_document(written, "pipeline", runs=1)["runs"]
+    (row,) = each["rows"]
+    # Whole batches; files of a photograph's size; more than an image a second and core.
+    assert (row["network"], row["images"]) == ("alexnet", 8)
+    assert 50 < row["image_kb"] < 200
+    assert row["images_per_s"] > 1 and 0.1 < row["cpu_ms"] < 1000
+    assert re.search(rf"\nalexnet .* {row['images_per_s']:.0f} ", output)
+    assert "| alexnet |" in bench("report", written)
+
+
+def test_images_of_the_pipeline_are_photographs_in_size(tmp_path):
+    written = pipeline.write_images(tmp_path, 3)
+    files = sorted(tmp_path.glob("class*/*.jpg"))
+    assert [file.parent.name for file in files] == ["class0", "class0", "class1"]
+    assert sum(file.stat().st_size for file in files) == written
+    assert all(matplotlib.image.imread(file).shape == (375, 500, 3) for file in files)
+
+
 def test_an_op_does_not_count_what_runs_inside_it():
     events = [
         ("model/call:PartitionedCall", 0, 10_000_000_000),
@@ -307,6 +339,7 @@ def test_tensorflow_is_held_to_the_same_instruction_set(monkeypatch):
         (["gemm", "--json", "no/such/folder/a.json"], "the folder no/such/folder does not exist"),
         (["gemm", "--plot", "a.txt"], "a.txt must end in .png, .svg or .pdf"),
         (["step", "--policy", "int8"], "'int8' is not one of"),
+        (["pipeline", "--images", "8"], "8 images do not make a batch of 32"),
         (["report", "nowhere.json"], "does not exist"),
     ],
 )

@@ -14,6 +14,7 @@ import click
 
 from keras_dfp import native
 from keras_dfp.benchmarks import gemm as gemm_benchmark
+from keras_dfp.benchmarks import pipeline as pipeline_benchmark
 from keras_dfp.benchmarks import quantise as quantise_benchmark
 from keras_dfp.benchmarks import report, roofline
 from keras_dfp.benchmarks.networks import BATCHES, IMAGE_SIZES, NETWORKS
@@ -315,6 +316,49 @@ def step(networks, batch, image_size, policies, isa, threads, repeats, json_path
         threads=threads,
         json_path=json_path,
         parts=[{"policy": policy} for policy in dict.fromkeys(policies)],
+    )
+
+
+@bench.command()
+@click.option(
+    "--network",
+    "networks",
+    type=click.Choice(pipeline_benchmark.NETWORKS),
+    multiple=True,
+    default=("resnet50", "vgg16"),
+    show_default=True,
+    help="May be given several times.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Images in an epoch.",
+)
+@_machine
+@_repeats(3)
+@_json
+def pipeline(networks, batch, images, isa, threads, repeats, json_path) -> None:
+    """Time reading, decoding and augmenting images, as training does, with no training going on.
+
+    The images are JPEG files of 500x375 pixels, made for it. Compare the figures with those of
+    `bench step`: where training is not several times slower, it may wait for its input.
+
+    \b
+    Example:
+      keras-dfp bench pipeline --network resnet50
+    """
+    if images < batch:
+        raise click.BadParameter(f"{images} images do not make a batch of {batch}.")
+    _run(
+        "pipeline",
+        [{"batch": batch, "images": images, "repeats": repeats}],
+        isa=isa,
+        threads=threads,
+        json_path=json_path,
+        parts=[{"network": network} for network in dict.fromkeys(networks)],
     )
 
 
