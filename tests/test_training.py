@@ -1,5 +1,6 @@
 """Training by recipe: data, augmentation, schedule, steps, checkpoints, comparisons."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -624,6 +625,30 @@ def test_paired_differences():
     assert "| +1.00 ± 4.97 " in lines[3]
     assert "1, 1 diverged" in lines[4]
     assert len(set(map(len, lines))) == 1
+
+
+def test_how_far_curves_are_apart():
+    def run(policy, seed, *losses):
+        return dataclasses.replace(result(policy, seed, 0.5), losses=list(losses))
+
+    first, second, third = comparison.summary(
+        [
+            run("float32", 0, 3.0, 1.0),
+            run("float32", 1, 5.0, 2.0),
+            run("dfp16", 0, 3.5, 1.0),
+            run("dfp16", 1, 5.5, 1.0),
+            run("bits", 1, 5.0, 8.0),
+        ]
+    )
+    # Between the seeds, the deviation is half the square root of two times the difference.
+    spread = (2 + 1) / 2 / 2**0.5
+    assert first["curve_gap"] is None
+    assert second["curve_gap"] == pytest.approx((0.5 + 0.5) / 2)
+    # Of the seeds that both have.
+    assert third["curve_gap"] == pytest.approx((0 + 6) / 2)
+    assert all(row["curve_spread"] == pytest.approx(spread) for row in (first, second, third))
+    assert f"| 0.5000 / {spread:.4f}" in comparison.table([first, second, third])
+    assert comparison.summary([run("a", 0, 1.0), run("b", 0, 1.5)])[1]["curve_spread"] is None
 
 
 def test_curves_have_few_points():

@@ -80,9 +80,17 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
 
     Accuracies are shares of 1. `difference` is the mean paired difference in test top-1, and
     `interval` the half width of its 95 % interval by Student's t; `None` where there are too few
-    pairs. Runs that diverged are counted, and left out of the means.
+    pairs. `curve_gap` is how far the mean loss curve is from the first policy's, on average over
+    the steps, and `curve_spread` the first policy's own standard deviation between seeds, on the
+    same average. Runs that diverged are counted, and left out of the means.
     """
     policies = list(dict.fromkeys(result.policy for result in results))
+    steps = window(results)
+    curves = {
+        (result.policy, result.seed): np.array(curve(result.losses, steps)[1])
+        for result in results
+        if result.diverged is None
+    }
     last = {
         (result.policy, result.seed): result.history[-1]
         for result in results
@@ -100,11 +108,10 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             for key in ("loss", "test_loss", "test_top1", "test_top5", "images_per_second")
         }
         top1 = [row["test_top1"] for row in mine.values()]
-        pairs = [
-            row["test_top1"] - first[seed]["test_top1"]
-            for seed, row in mine.items()
-            if seed in first and policy != policies[0]
-        ]
+        shared = [seed for seed in mine if seed in first and policy != policies[0]]
+        pairs = [mine[seed]["test_top1"] - first[seed]["test_top1"] for seed in shared]
+        gaps = [curves[policy, seed] - curves[policies[0], seed] for seed in shared]
+        spread = [curves[policies[0], seed] for seed in first]
         rows.append(
             {
                 "policy": policy,
@@ -115,6 +122,10 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "pairs": len(pairs),
                 "difference": float(np.mean(pairs)) if pairs else None,
                 "interval": half_width(pairs),
+                "curve_gap": float(np.abs(np.mean(gaps, axis=0)).mean()) if gaps else None,
+                "curve_spread": float(np.std(spread, axis=0, ddof=1).mean())
+                if len(spread) > 1
+                else None,
             }
         )
     return rows
@@ -145,6 +156,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "" if interval is None else f" ± {100 * interval:.2f}"
         )
 
+    def gap(row):
+        if row["curve_gap"] is None:
+            return "-"
+        return f"{row['curve_gap']:.4f} / {text(row['curve_spread'])}"
+
     cells = [
         (
             "policy",
@@ -153,6 +169,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "test loss",
             "test top-1 ± std",
             f"to {rows[0]['policy']}, points ± 95 %",
+            "loss curve: gap / spread",
             "img/s",
         ),
         *(
@@ -163,6 +180,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 text(row["test_loss"]),
                 percent(row["test_top1"], row["test_top1_std"]),
                 points(row),
+                gap(row),
                 text(row["images_per_second"], "{:.0f}"),
             )
             for row in rows
