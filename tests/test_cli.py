@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,6 +202,15 @@ def test_compare(tmp_path):
         rows = list(csv.DictReader(file))
     for row, summary in zip(rows, results["summary"], strict=True):
         assert float(row["test_top1"]) == summary["test_top1"]
+
+    # Also where only results are left; what was not asked for again stays, behind.
+    shutil.rmtree(tmp_path / "out" / "seed1")
+    output = run(*arguments, "dfp16:mantissa_bits=8")
+    assert output.count("finished already") == 1
+    assert set(os.listdir(tmp_path / "out")) == {*files, "seed2"}
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [r["policy"] for r in again["summary"]] == ["dfp16:mantissa_bits=8", "float32"]
+    assert sorted(again["runs"], key=str) == sorted(results["runs"], key=str)
 
 
 @pytest.mark.slow

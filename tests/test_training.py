@@ -586,9 +586,8 @@ def read_step(checkpoint):
 def test_policies_start_from_equal_weights_and_see_equal_batches(tmp_path):
     settings = digits(steps=3)
     weights, losses = [], []
-    for run in comparison.runs(
-        settings, ["float32", "dfp16", "mixed_bfloat16"], [5], tmp_path, settings.find_data()
-    ):
+    for name in ("float32", "dfp16", "mixed_bfloat16"):
+        run = comparison.start(settings, name, 5, tmp_path, settings.find_data())
         weights.append([variable.numpy() for variable in run.model.variables])
         run.train()
         losses.append(run.progress.losses)
@@ -602,7 +601,7 @@ def test_policies_start_from_equal_weights_and_see_equal_batches(tmp_path):
 def result(policy, seed, top1, diverged=None):
     row = {"loss": 1.0, "test_loss": 2.0, "test_top1": top1, "test_top5": 0.9}
     row["images_per_second"] = 10.0
-    return comparison.Result(policy, seed, [3.0, 1.0], [row], diverged)
+    return comparison.Result(policy, seed, [1, 2], [3.0, 1.0], [row], diverged)
 
 
 def test_paired_differences():
@@ -653,13 +652,26 @@ def test_how_far_curves_are_apart():
 
 def test_curves_have_few_points():
     losses = [float(x) for x in range(1000)]
-    steps, means = comparison.curve(losses, comparison.window([result("a", 0, 1)] * 2))
+    steps, means = comparison.curve(losses, 1)
     assert (steps, means) == ([*range(1, 1001)], losses)
-    long = comparison.Result("a", 0, losses[:999], [], None)
-    assert comparison.window([long]) == 5
     steps, means = comparison.curve(losses[:999], 5)
     assert (len(steps), steps[:2], steps[-1]) == (200, [5, 10], 999)
     assert (means[0], means[-1]) == (2.0, 996.5)
+
+
+def test_a_study_goes_on_from_its_results_alone(tmp_path):
+    settings = digits(steps=2)
+    results = [result("float32", 1, 0.5), result("dfp16", 1, 0.6, diverged=3)]
+    comparison.write(tmp_path, settings, results)
+    kept = comparison.kept(tmp_path, dataclasses.replace(settings, data="elsewhere"))
+    assert kept == {("float32", 1): results[0], ("dfp16", 1): results[1]}
+    assert comparison.kept(tmp_path / "nowhere", settings) == {}
+    with pytest.raises(RunError, match="results of another study: steps is 2, not 3"):
+        comparison.kept(tmp_path, digits(steps=3))
+    for content in ("", "[]", '{"settings": {}, "runs": [{}]}'):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(RunError, match=r"results\.json does not hold results"):
+            comparison.kept(tmp_path, settings)
 
 
 # Export
@@ -710,9 +722,8 @@ def test_cifar10_learns_as_in_float32(tmp_path):
         network="resnet20", data=os.environ["KERAS_DFP_CIFAR10"], steps=200, input_size=32
     )
     ends = []
-    for run in comparison.runs(
-        settings, ["float32", "dfp16"], [1], tmp_path, settings.resolved().find_data()
-    ):
+    for name in ("float32", "dfp16"):
+        run = comparison.start(settings, name, 1, tmp_path, settings.resolved().find_data())
         run.train()
         ends.append(np.mean(run.progress.losses[-30:]))
     # Chance is 2.3.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import click
@@ -62,7 +63,8 @@ def compare(
     results.md, results.csv, results.json and curves.png, anew after every run.
 
     The same command again goes on where it stopped: finished runs are kept, so a study can be made
-    in parts, and --policies and --seeds may grow.
+    in parts, and --policies and --seeds may grow. For that, results.json is enough: the folders of
+    finished runs may be deleted.
 
     \b
     Examples:
@@ -80,9 +82,13 @@ def compare(
         output = output or Path("runs") / this.network
         data = this.resolved().find_data()
         make_folder(output)
-        results = []
-        for run in comparison.runs(this, policies, range(1, seeds + 1), output, data):
-            title = f"{this.network} under {run.settings.policy}, seed {run.settings.seed}"
+        results = comparison.kept(output, this)
+        for seed, policy in itertools.product(range(1, seeds + 1), policies):
+            title = f"{this.network} under {policy}, seed {seed}"
+            if (policy, seed) in results:
+                click.secho(f"{title}: finished already", bold=True)
+                continue
+            run = comparison.start(this, policy, seed, output, data)
             if run.finished:
                 click.secho(f"{title}: finished already", bold=True)
             else:
@@ -94,6 +100,13 @@ def compare(
                 raise
             if run.progress.diverged:
                 click.echo(f"The loss is no longer a number after step {run.progress.diverged}.")
-            results.append(comparison.Result.of(run))
-            table = comparison.write(output, this, results)
+            results[policy, seed] = comparison.Result.of(run)
+            comparison.write(output, this, _in_order(results, policies))
+        table = comparison.write(output, this, _in_order(results, policies))
     click.echo(f"\n{table}\n\nIn {output}: curves.png, results.md, results.csv, results.json")
+
+
+def _in_order(results: dict, policies: tuple[str, ...]) -> list:
+    """The policies asked for first; what is there of others is kept."""
+    names = list(dict.fromkeys((*policies, *(policy for policy, _ in results))))
+    return [results[key] for key in sorted(results, key=lambda k: (names.index(k[0]), k[1]))]

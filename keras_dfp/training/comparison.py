@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from keras_dfp.files import written_whole
+from keras_dfp.training.errors import RunError
 from keras_dfp.training.log import Row, write_csv
 from keras_dfp.training.run import Run
 from keras_dfp.training.settings import Settings
@@ -33,13 +34,16 @@ class Result:
     Attributes:
         policy: As for `policies.policy`.
         seed: Its seed.
-        losses: The training loss of every step, as long as it was a number.
+        steps: Where the points of its loss curve are, `POINTS` at most.
+        losses: The points: the mean training loss of the steps up to there from the point before,
+            as long as it was a number.
         history: A row for every epoch.
         diverged: The step at which the loss was no longer a number.
     """
 
     policy: str
     seed: int
+    steps: list[int]
     losses: list[float]
     history: list[Row]
     diverged: int | None
@@ -47,32 +51,51 @@ class Result:
     @classmethod
     def of(cls, run: Run) -> Result:
         progress = run.progress
+        losses = progress.losses[: None if progress.diverged is None else -1]
         return cls(
             run.settings.policy,
             run.settings.seed,
-            progress.losses[: None if progress.diverged is None else -1],
+            *curve(losses, math.ceil(run.steps / POINTS)),
             progress.history,
             progress.diverged,
         )
 
 
-def runs(
-    settings: Settings,
-    policies: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    data: tuple[Source, Source],
-) -> Iterator[Run]:
-    """Yields the runs of a comparison one after the other, to be trained.
+def start(
+    settings: Settings, policy: str, seed: int, folder: Path, data: tuple[Source, Source]
+) -> Run:
+    """Returns one run of a comparison, to be trained.
 
-    Each lives in `folder/seed<seed>/<policy>`. A finished one is found finished there, one that
-    was interrupted goes on from its checkpoint.
+    It lives in `folder/seed<seed>/<policy>`. A finished one is found finished there, one that was
+    interrupted goes on from its checkpoint.
     """
-    for seed in seeds:
-        for policy in policies:
-            this = dataclasses.replace(settings, policy=policy, seed=seed)
-            path = folder / f"seed{seed}" / policy.replace(":", "-")
-            yield Run(this, path, data, resume=True)
+    this = dataclasses.replace(settings, policy=policy, seed=seed)
+    return Run(this, folder / f"seed{seed}" / policy.replace(":", "-"), data, resume=True)
+
+
+def kept(folder: Path, settings: Settings) -> dict[tuple[str, int], Result]:
+    """Returns what `results.json` in a folder holds, by policy and seed.
+
+    So a study goes on from this file alone, also where its runs are not, or no longer.
+
+    Raises:
+        RunError: If there is such a file, but of something else.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        known = content["settings"]
+        results = [
+            Result(**{**each, "steps": each["losses"]["steps"], "losses": each["losses"]["means"]})
+            for each in content["runs"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} does not hold results of a comparison: {error!r}") from error
+    if different := settings.resolved().differences(known, ("policy", "seed")):
+        raise RunError(f"{path} holds the results of another study: {'; '.join(different)}.")
+    return {(result.policy, result.seed): result for result in results}
 
 
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -85,17 +108,9 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     same average. Runs that diverged are counted, and left out of the means.
     """
     policies = list(dict.fromkeys(result.policy for result in results))
-    steps = window(results)
-    curves = {
-        (result.policy, result.seed): np.array(curve(result.losses, steps)[1])
-        for result in results
-        if result.diverged is None
-    }
-    last = {
-        (result.policy, result.seed): result.history[-1]
-        for result in results
-        if result.diverged is None
-    }
+    whole = {(r.policy, r.seed): r for r in results if r.diverged is None}
+    curves = {key: np.array(result.losses) for key, result in whole.items()}
+    last = {key: result.history[-1] for key, result in whole.items()}
 
     def of(policy: str) -> dict[int, Row]:
         return {seed: row for (name, seed), row in last.items() if name == policy}
@@ -197,7 +212,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def write(folder: Path, settings: Settings, results: Sequence[Result]) -> str:
     """Writes `results.csv`, `results.md`, `results.json` and `curves.png`; returns the table."""
-    rows, steps = summary(results), window(results)
+    rows = summary(results)
     write_csv(folder / "results.csv", rows)
     shared = dataclasses.asdict(settings.resolved())
     for each in ("policy", "seed"):
@@ -211,7 +226,7 @@ def write(folder: Path, settings: Settings, results: Sequence[Result]) -> str:
                 "seed": result.seed,
                 "diverged": result.diverged,
                 "history": result.history,
-                "losses": dict(zip(("steps", "means"), curve(result.losses, steps), strict=True)),
+                "losses": {"steps": result.steps, "means": result.losses},
             }
             for result in results
         ],
@@ -223,11 +238,6 @@ def write(folder: Path, settings: Settings, results: Sequence[Result]) -> str:
     with written_whole(folder / "curves.png") as path:
         plot(results, path)
     return table(rows)
-
-
-def window(results: Sequence[Result]) -> int:
-    """Returns how many steps make one of at most `POINTS` points."""
-    return max(1, *(math.ceil(len(result.losses) / POINTS) for result in results))
 
 
 def curve(losses: Sequence[float], window: int) -> tuple[list[int], list[float]]:
@@ -245,15 +255,13 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    steps = window(results)
     for number, policy in enumerate(dict.fromkeys(result.policy for result in results)):
         mine = [result for result in results if result.policy == policy]
-        longest = max((result.losses for result in mine), key=len)
         for axes, x, curves in (
             (
                 loss,
-                curve(longest, steps)[0],
-                [curve(result.losses, steps)[1] for result in mine],
+                max((result.steps for result in mine), key=len),
+                [result.losses for result in mine],
             ),
             (
                 accuracy,

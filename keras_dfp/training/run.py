@@ -200,12 +200,9 @@ class Run:
         if not resume:
             raise RunError(f"{self.folder} holds a run already.")
         known = read(self.folder)
-        different = [
-            f"{key} is {known['settings'].get(key)}, not {value}"
-            for key, value in this["settings"].items()
-            # The same images may lie elsewhere now.
-            if key != "data" and known["settings"].get(key) != value
-        ] + [f"it has other {key}" for key in model if known[key] != this[key]]
+        different = self.settings.differences(known["settings"]) + [
+            f"it has other {key}" for key in model if known[key] != this[key]
+        ]
         if different:
             raise RunError(f"{self.folder} holds another run: {'; '.join(different)}.")
         if (self.folder / "checkpoint.npz").exists():

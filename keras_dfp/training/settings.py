@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 from keras_dfp import zoo
 from keras_dfp.recipe import Recipe
@@ -60,6 +62,20 @@ class Settings:
             learning_rate=rate,
             input_size=self.input_size or recipe.images.crop,
         )
+
+    def differences(self, known: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+        """Returns, in words, what a file says that these (resolved) settings do not.
+
+        Args:
+            known: The settings in the file. Where their data were does not matter: the same images
+                may lie elsewhere now.
+            ignore: Other settings that do not matter.
+        """
+        return [
+            f"{key} is {known.get(key)}, not {value}"
+            for key, value in dataclasses.asdict(self).items()
+            if key not in ("data", *ignore) and known.get(key) != value
+        ]
 
     @functools.cached_property
     def recipe(self) -> Recipe:
