@@ -77,6 +77,8 @@ cdef extern from "microkernels/table.h" nogil:
                            uint64_t, int16_t*) noexcept nogil
         void (*interleave)(const int16_t*, const int16_t*, int64_t, int64_t, int64_t, int, int64_t,
                            int16_t*) noexcept nogil
+        void (*copy_rows)(const int16_t*, int64_t, int64_t, int64_t, int16_t*,
+                          int64_t) noexcept nogil
         void (*depthwise_patch)(const dfp_patch*) noexcept nogil
         void (*depthwise_dots)(const dfp_patch*) noexcept nogil
         void (*depthwise_spill)(const dfp_terms*) noexcept nogil

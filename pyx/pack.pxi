@@ -125,13 +125,34 @@ cdef inline void zero_s16(int16_t* to, int64_t n) noexcept nogil:
     memset(to, 0, n * sizeof(int16_t))
 
 
-cdef inline bint within(const Window* v, int64_t d0, int64_t h0, int64_t w0) noexcept nogil:
-    """Are all taps of the position that begins here inside of the image?"""
-    cdef int64_t d1 = d0 + (v.taps[0] - 1) * v.tap_step[0]
-    cdef int64_t h1 = h0 + (v.taps[1] - 1) * v.tap_step[1]
-    cdef int64_t w1 = w0 + (v.taps[2] - 1) * v.tap_step[2]
-    return (min(d0, d1) >= 0 and max(d0, d1) < v.size[0] and min(h0, h1) >= 0
-            and max(h0, h1) < v.size[1] and w0 >= 0 and w1 < v.size[2])
+cdef inline bint adjacent(const Window* v) noexcept nogil:
+    """Do the taps of a kernel row lie next to each other in memory?"""
+    return v.tap_step[2] == 1 and v.channels == v.pixel == v.padded
+
+
+cdef inline int64_t whole_windows(const Window* v, const Place* at) noexcept nogil:
+    """Positions from here on in this row whose windows, adjacent taps, lie inside of the image."""
+    cdef int64_t d0 = at.d * v.step[0] + v.offset[0], d1 = d0 + (v.taps[0] - 1) * v.tap_step[0]
+    cdef int64_t h0 = at.h * v.step[1] + v.offset[1], h1 = h0 + (v.taps[1] - 1) * v.tap_step[1]
+    cdef int64_t w0 = at.w * v.step[2] + v.offset[2], room = v.size[2] - v.taps[2] - w0
+    if (min(d0, d1) < 0 or max(d0, d1) >= v.size[0] or min(h0, h1) < 0
+            or max(h0, h1) >= v.size[1] or w0 < 0 or room < 0):
+        return 0
+    return min(v.positions[2] - at.w, room // v.step[2] + 1)
+
+
+cdef inline void gather_windows(const Window* v, const int16_t* image, const Place* at,
+                                int64_t count, int16_t* to, int64_t stride) noexcept nogil:
+    """Copies so many of those windows, whole, to rows `stride` elements apart."""
+    cdef int64_t run = v.taps[2] * v.pixel, td, th, d, h
+    for td in range(v.taps[0]):
+        for th in range(v.taps[1]):
+            d = at.d * v.step[0] + v.offset[0] + td * v.tap_step[0]
+            h = at.h * v.step[1] + v.offset[1] + th * v.tap_step[1]
+            kernel.copy_rows(pixel_or_null(v, image, at.item, d, h,
+                                           at.w * v.step[2] + v.offset[2]),
+                             v.step[2] * v.pixel, count, run, to, stride)
+            to += run
 
 
 cdef void gather(const Window* v, const int16_t* image, const Place* at, int64_t j0, int64_t count,
@@ -144,17 +165,9 @@ cdef void gather(const Window* v, const int16_t* image, const Place* at, int64_t
     cdef int64_t td, th, tw, d, h, w, c, n, run, low, high
     cdef Place tap
     cdef const int16_t* row
-    # Taps next to each other in memory are copied in one go.
-    cdef bint adjacent = v.tap_step[2] == 1 and v.channels == v.pixel == v.padded
-    if adjacent and count == volume(v.taps) * v.padded and within(v, d0, h0, w0):
-        # The whole window, none of it in the padding: most positions of a first layer.
-        run = v.taps[2] * v.pixel
-        for td in range(v.taps[0]):
-            for th in range(v.taps[1]):
-                d, h = d0 + td * v.tap_step[0], h0 + th * v.tap_step[1]
-                copy_s16(to, image + (((at.item * v.size[0] + d) * v.size[1] + h) * v.size[2]
-                                      + w0) * v.pixel, run)
-                to += run
+    if (count == volume(v.taps) * v.padded and adjacent(v) and whole_windows(v, at)):
+        # Most positions of a first layer.
+        gather_windows(v, image, at, 1, to, 0)
         return
     tap = place_of(v.taps, j0 // v.padded)
     td, th, tw = tap.d, tap.h, tap.w
@@ -168,7 +181,7 @@ cdef void gather(const Window* v, const int16_t* image, const Place* at, int64_t
             tw = v.taps[2]
         else:
             row = image + ((at.item * v.size[0] + d) * v.size[1] + h) * v.size[2] * v.pixel
-            if adjacent:
+            if adjacent(v):
                 # Elements of this kernel row, counted from the image row's own start.
                 run = min(end - j, ((td * v.taps[1] + th + 1) * v.taps[2]) * v.padded - j)
                 low = w0 * v.pixel + j - (td * v.taps[1] + th) * v.taps[2] * v.padded
@@ -282,7 +295,8 @@ cdef inline void interleave_or_zero(const int16_t* p, const int16_t* q, int64_t 
 cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
                  int16_t* to, ABlock* block) noexcept nogil:
     """Makes rows m0 .. m0 + mc and products k0 .. k0 + kc of A readable for the microkernel."""
-    cdef int64_t mr = kernel.mr, pairs = (kc + 1) // 2, i, stride
+    cdef int64_t mr = kernel.mr, pairs = (kc + 1) // 2, i, stride, count
+    cdef bint whole
     cdef Place at
     cdef int16_t* even
     cdef int16_t* odd
@@ -294,10 +308,20 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
         stride = patch_stride(kc)
         block.row_stride, block.pair_stride, block.tile_stride = stride, 2, mr * stride
         at = place_of(s.window.positions, m0)
-        for i in range(mc):
-            gather(&s.window, data, &at, k0, kc, to + i * stride)
+        whole = adjacent(&s.window) and kc == volume(s.window.taps) * s.window.padded
+        i = 0
+        while i < mc:
+            count = min(mc - i, whole_windows(&s.window, &at)) if whole else 0
+            if count:
+                gather_windows(&s.window, data, &at, count, to + i * stride, stride)
+                at.w += count - 1
+            else:
+                count = 1
+                gather(&s.window, data, &at, k0, kc, to + i * stride)
             go_on(&at, s.window.positions)
-            if kc % 2:
+            i += count
+        if kc % 2:
+            for i in range(mc):
                 to[i * stride + kc] = 0
     else:
         # Panels [pairs][mr][2], as B has them.

@@ -145,6 +145,26 @@ TARGET static void DFP_CAT(interleave_s16__, ISA)(const int16_t *restrict p,
 
 #undef INTERLEAVE
 
+TARGET static void DFP_CAT(copy_rows_s16__, ISA)(const int16_t *restrict from, int64_t from_step,
+                                                 int64_t rows, int64_t n, int16_t *restrict to,
+                                                 int64_t to_step) {
+    /* Copies of constant length, the last two overlapping, are vectors and no calls. */
+    for (int64_t i = 0; i < rows; i++, from += from_step, to += to_step) {
+        if (n >= 32) {
+            for (int64_t c = 0; c + 32 <= n; c += 32) memcpy(to + c, from + c, 64);
+            memcpy(to + n - 32, from + n - 32, 64);
+        } else if (n >= 16) {
+            memcpy(to, from, 32);
+            memcpy(to + n - 16, from + n - 16, 32);
+        } else if (n >= 8) {
+            memcpy(to, from, 16);
+            memcpy(to + n - 8, from + n - 8, 16);
+        } else {
+            for (int64_t c = 0; c < n; c++) to[c] = from[c];
+        }
+    }
+}
+
 /* `width` channels from c on; a constant width keeps the accumulators in registers. */
 #define SPILL_BLOCK(width)                                                               \
     {                                                                                    \
@@ -232,6 +252,7 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
 #define DFP_LOOPS                                                                        \
     DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),                       \
         DFP_CAT(stochastic_f32_s16__, ISA),                                              \
-        DFP_CAT(interleave_s16__, ISA), DFP_CAT(depthwise_patch__, ISA),                 \
-        DFP_CAT(depthwise_dots__, ISA), DFP_CAT(depthwise_spill__, ISA),                 \
-        DFP_CAT(statistics_f32__, ISA), DFP_CAT(add_rows_f64__, ISA)
+        DFP_CAT(interleave_s16__, ISA), DFP_CAT(copy_rows_s16__, ISA),                   \
+        DFP_CAT(depthwise_patch__, ISA), DFP_CAT(depthwise_dots__, ISA),                 \
+        DFP_CAT(depthwise_spill__, ISA), DFP_CAT(statistics_f32__, ISA),                 \
+        DFP_CAT(add_rows_f64__, ISA)

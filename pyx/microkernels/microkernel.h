@@ -189,6 +189,9 @@ typedef struct {
      * {p[i * step + c], q[i * step + c]}, c < n. The last panel is filled with zeros. */
     void (*interleave)(const int16_t *p, const int16_t *q, int64_t step, int64_t pairs, int64_t n,
                        int mr, int64_t panel, int16_t *out);
+    /* to[i * to_step + c] = from[i * from_step + c], i < rows, c < n; rows of `to` do not overlap. */
+    void (*copy_rows)(const int16_t *from, int64_t from_step, int64_t rows, int64_t n, int16_t *to,
+                      int64_t to_step);
     void (*depthwise_patch)(const dfp_patch *);
     void (*depthwise_dots)(const dfp_patch *);
     void (*depthwise_spill)(const dfp_terms *);

@@ -356,6 +356,22 @@ static void check_interleave(void) {
     }
 }
 
+static void check_copy_rows(void) {
+    enum { ROWS = 5, STEP = MAX_N + 20 };
+    static int16_t from[ROWS * STEP + MAX_N], to[ROWS * STEP + 1];
+    const int64_t n = between(0, MAX_N), rows = between(0, ROWS);
+    const int64_t from_step = between(0, STEP), to_step = between(n, STEP);
+    for (size_t i = 0; i < sizeof from / sizeof *from; i++) from[i] = (int16_t)word();
+    memset(to, 0x55, sizeof to);
+    kernel->copy_rows(from, from_step, rows, n, to, to_step);
+    for (int64_t i = 0; i <= rows * to_step; i++) {
+        const int64_t row = to_step ? i / to_step : rows, c = to_step ? i % to_step : 0;
+        const int expected = row < rows && c < n ? from[row * from_step + c] : 0x5555;
+        CHECK(to[i] == expected, "n %d, row %d, element %d: got %d, expected %d", (int)n, (int)row,
+              (int)c, to[i], expected);
+    }
+}
+
 /* ---- Depthwise ------------------------------------------------------------------------------- */
 
 enum {
@@ -828,6 +844,7 @@ static void check_kernel(const dfp_kernel *k) {
     for (int i = 0; i < 1000; i++) check_quantize();
     for (int i = 0; i < 500; i++) check_absmax();
     for (int i = 0; i < 500; i++) check_interleave();
+    for (int i = 0; i < 500; i++) check_copy_rows();
     check_philox();
     for (int i = 0; i < 500; i++) check_stochastic();
     check_patches();
