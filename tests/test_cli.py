@@ -186,7 +186,7 @@ def test_compare(tmp_path):
     assert sorted(os.listdir(tmp_path / "out" / "seed1")) == ["dfp16-mantissa_bits=8", "float32"]
     assert (tmp_path / "out" / "results.md").read_text() in output
     size = matplotlib.image.imread(tmp_path / "out" / "curves.png").shape[:2]
-    assert size == (675, 1650)
+    assert size == (750, 1650)
 
     # More of it: what is there is kept.
     output = run(*arguments, "float32,dfp16:mantissa_bits=8", "--seeds", "2")

@@ -250,23 +250,30 @@ def curve(losses: Sequence[float], window: int) -> tuple[list[int], list[float]]
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draws training loss and test accuracy: a line for a policy's mean, a band for its seeds."""
-    from matplotlib.figure import Figure
+    """Draws training loss and test accuracy: a line for a policy's mean, a band for its seeds.
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    Of more than three policies only the first has its band.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for number, policy in enumerate(dict.fromkeys(result.policy for result in results)):
+    policies = list(dict.fromkeys(result.policy for result in results))
+    for number, policy in enumerate(policies):
         mine = [result for result in results if result.policy == policy]
-        for axes, x, curves in (
+        for axes, x, curves, marker in (
             (
                 loss,
                 max((result.steps for result in mine), key=len),
                 [result.losses for result in mine],
+                "",
             ),
             (
                 accuracy,
                 range(1, 1 + max(len(result.history) for result in mine)),
                 [[row["test_top1"] for row in result.history] for result in mine],
+                ".",
             ),
         ):
             # A run that diverged has fewer points.
@@ -275,13 +282,20 @@ def plot(results: Sequence[Result], path: Path) -> None:
                 row[: len(values_of_one)] = values_of_one
             masked = np.ma.masked_invalid(values)
             label = f"{policy} ({len(mine)} seed{'s' * (len(mine) > 1)})"
-            axes.plot(x, masked.mean(axis=0), color=f"C{number}", label=label)
-            axes.fill_between(
-                x, masked.min(axis=0), masked.max(axis=0), color=f"C{number}", alpha=0.2, lw=0
-            )
+            axes.plot(x, masked.mean(axis=0), color=f"C{number}", marker=marker, label=label)
+            if number == 0 or len(policies) <= 3:
+                axes.fill_between(
+                    x, masked.min(axis=0), masked.max(axis=0), color=f"C{number}", alpha=0.2, lw=0
+                )
     loss.set(title="Training loss", xlabel="step", yscale="log")
-    accuracy.set(title="Test accuracy (top-1)", xlabel="epoch")
+    loss.yaxis.set_major_formatter("{x:g}")
+    # Numbers between the powers of ten where few of those are.
+    loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    epochs = max(len(result.history) for result in results)
+    accuracy.set(title="Test accuracy (top-1)", xlabel="epoch", xlim=(0.5, epochs + 0.5))
+    accuracy.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
-        axes.legend()
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(policies)))
     figure.savefig(path, dpi=150)
