@@ -99,10 +99,10 @@ def test_a_training_run_ends_in_the_same_weights():
     rows = train(*((isa, threads) for threads in (1, 2, 4) for isa in NATIVE))
     again = train((NATIVE[0], 2), (NATIVE[-1], 1))
     assert len({digest for *_, digest in rows + again}) == 1, rows + again
-    # The runs did go through as many threads: OpenMP has started workers for them. The fewest of
-    # all runs, because threads of TensorFlow's come and go.
-    alive = {n: min(tasks for _, threads, tasks, _ in rows if int(threads) == n) for n in (1, 2, 4)}
-    assert alive[1] < alive[2] <= alive[4], rows
+    # The runs did go through as many threads: OpenMP has started workers for them. The most of all
+    # runs, because a team shrinks again when its last region had little to share out.
+    alive = {n: max(tasks for _, threads, tasks, _ in rows if threads == n) for n in (1, 2, 4)}
+    assert alive[1] < alive[2] < alive[4], rows
 
 
 @pytest.mark.slow
