@@ -12,6 +12,7 @@ from keras.src.layers.convolutional.base_conv import BaseConv
 from keras.src.layers.convolutional.base_conv_transpose import BaseConvTranspose
 from keras.src.layers.convolutional.base_depthwise_conv import BaseDepthwiseConv
 from keras.src.layers.convolutional.base_separable_conv import BaseSeparableConv
+from keras.src.models.functional import Functional
 from keras.src.trainers.trainer import Trainer
 
 from keras_dfp import backend
@@ -79,9 +80,15 @@ def layers_in_order(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
 
 
 def first_and_last(model: keras.Model) -> dict[keras.layers.Layer, str]:
-    """Returns the first convolution and the last Dense of a model, with what they are."""
+    """Returns the first convolution and the last Dense of a model, with what they are.
+
+    In a functional model of several outputs, the last Dense is that of the first output: the others
+    may be auxiliary.
+    """
     layers = list(layers_in_order(model))
     convolutions = [layer for layer in layers if isinstance(layer, _CONVOLUTIONS)]
+    if isinstance(model, Functional) and len(model.outputs) > 1:
+        layers = list(layers_in_order(keras.Model(model.inputs, model.outputs[0])))
     denses = [layer for layer in layers if isinstance(layer, keras.layers.Dense)]
     return {
         **dict.fromkeys(convolutions[:1], "first convolution"),

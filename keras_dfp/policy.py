@@ -36,8 +36,9 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
     Args:
         name: `"dfp16"`: every convolution and matrix product, exactly; or `"dfp16_paper"`, the
             recipe of Das et al. (2018): `accumulation="spill"` always, and the first convolution
-            and the last `Dense` layer stay FP32 (found in the order of the model's layers, when
-            the model is compiled or given to `set_model_policy`).
+            and the last `Dense` layer stay FP32 (found in the order of the model's layers, the
+            `Dense` among those of the first output, when the model is compiled or given to
+            `set_model_policy`).
         mantissa_bits: Bits of a mantissa, sign included, 8 to 16.
         rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
         accumulation: `"exact"` or `"spill"`.

@@ -111,6 +111,27 @@ def test_records_in_the_form_of_imagenet(tmp_path):
     assert train.name(3) == f"{tmp_path / 'train-00001-of-00002'}, record 1"
 
 
+@pytest.mark.parametrize("name", ["train.tfrecord", "train_0.tfrecord", "train-0-of-1.tfrecords"])
+def test_names_of_records(tmp_path, name):
+    write_records(tmp_path / name, [3, 1])
+    write_records(tmp_path / "val_0.tfrecord", [4])
+    train, test = sources.find(str(tmp_path), classes=4)
+    assert (len(train), len(test)) == (2, 1)
+
+
+def test_to_test_needs_no_training_data(tmp_path):
+    images = class_folders(tmp_path / "val", 2)
+    assert len(sources.find_test(str(tmp_path))) == len(images)
+    # What find holds out, where there is no such part.
+    class_folders(tmp_path / "all", 10)
+    train, test = sources.find(str(tmp_path / "all"), holdout=0.2)
+    again = sources.find_test(str(tmp_path / "all"), holdout=0.2)
+    assert [again.name(i) for i in range(len(again))] == [test.name(i) for i in range(len(test))]
+    assert len(sources.find_test("digits", channels=1)) == 360
+    with pytest.raises(DataError, match="There is no folder"):
+        sources.find_test(str(tmp_path / "nowhere"))
+
+
 def test_what_is_wrong_with_records(tmp_path):
     with pytest.raises(DataError, match="record 0: image/class/label must be from 1 to 2, got 3"):
         write_records(tmp_path / "train-00000-of-00001", [3, 1])
@@ -465,6 +486,10 @@ def test_a_folder_holds_one_run(finished):
         Run(digits(), finished.folder, data)
     with pytest.raises(RunError, match="holds another run: seed is 1, not 2"):
         Run(digits(seed=2), finished.folder, data, resume=True)
+    fewer = (data[0].subset(np.arange(100)), data[1])
+    with pytest.raises(RunError, match="holds another run: not the same images"):
+        Run(digits(), finished.folder, fewer, resume=True)
+    assert Run(digits(skip_bad=True), finished.folder, data, resume=True).finished
     assert Run(digits(), finished.folder, data, resume=True).finished
 
 
@@ -474,8 +499,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_completed(finished, tmp_path)
     Run(digits(), tmp_path, digits().find_data(), resume=True).train()
     files = ["checkpoint.npz", "log.csv", "model.keras", "run.json"]
     assert sorted(os.listdir(tmp_path)) == files
-    for name in ("checkpoint.npz", "log.csv"):
-        assert (tmp_path / name).read_bytes() == (finished.folder / name).read_bytes()
+    assert (tmp_path / "log.csv").read_bytes() == (finished.folder / "log.csv").read_bytes()
 
 
 def test_a_checkpoint_of_something_else(finished, tmp_path):
@@ -500,6 +524,20 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     assert not (tmp_path / "model.keras").exists()
     again = Run(settings, tmp_path, settings.find_data(), resume=True)
     assert again.progress.diverged == run.progress.diverged
+    result = comparison.Result.of(again)
+    assert (result.diverged, result.steps[-1]) == (run.progress.diverged, len(result.losses))
+    assert np.isfinite(result.losses).all()
+    with pytest.raises(RunError, match="has no trained network: its loss was no longer a number"):
+        load(tmp_path)
+
+
+def test_a_test_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    nothing = {"loss": np.nan, "top1": 0.1, "top5": 0.5}
+    monkeypatch.setattr(network, "evaluate", lambda *arguments: nothing)
+    run = Run(digits(), tmp_path, digits().find_data())
+    run.train()
+    assert (run.finished, run.progress.diverged, run.progress.history) == (True, 44, [])
+    assert not (tmp_path / "model.keras").exists()
 
 
 def test_ctrl_c_while_testing(tmp_path, monkeypatch):
@@ -518,7 +556,6 @@ def test_ctrl_c_while_testing(tmp_path, monkeypatch):
     again = Run(settings, tmp_path, settings.find_data(), resume=True)
     assert (again.progress.step, again.progress.history) == (44, [])
     again.train()
-    assert again.progress.losses[:44] == run.progress.losses
     assert [row["step"] for row in again.progress.history] == [44, 50]
 
 
@@ -528,6 +565,15 @@ def test_the_paper_s_policy_spares_the_first_and_the_last_layer(tmp_path):
     layers = [layer for layer in run.model.layers if layer.weights]
     on_integers = [layer.dtype_policy.decide(layer).format is not None for layer in layers]
     assert on_integers == [False, True, True, True, False]
+
+
+def test_the_paper_s_policy_spares_the_classifier_and_not_an_auxiliary_one():
+    settings = Settings(network="googlenet_v1", data="x", input_size=32, policy="dfp16_paper")
+    model = network.build(settings.resolved(), (32, 32, 3), 4)
+    assert len(model.outputs) == 3
+    layers = [layer for layer in model.layers if layer.weights]
+    spared = [la.name for la in layers if la.dtype_policy.decide(la).format is None]
+    assert sorted(spared) == ["conv1", "predictions"]
 
 
 def test_batches_larger_than_the_data(tmp_path):
@@ -585,21 +631,26 @@ def read_step(checkpoint):
 
 def test_policies_start_from_equal_weights_and_see_equal_batches(tmp_path):
     settings = digits(steps=3)
-    weights, losses = [], []
-    for name in ("float32", "dfp16", "mixed_bfloat16"):
+    seen, losses = [], []
+    for name in ("float32", "dfp16", "dfp16_paper", "mixed_bfloat16"):
         run = comparison.start(settings, name, 5, tmp_path, settings.find_data())
-        weights.append([variable.numpy() for variable in run.model.variables])
+        seen.append([variable.numpy() for variable in run.model.variables])
+
+        def step(images, labels, arrays=seen[-1], train_step=run._train_step):
+            arrays += [images.numpy(), labels.numpy()]
+            return train_step(images, labels)
+
+        run._train_step = step
         run.train()
         losses.append(run.progress.losses)
-    for other in weights[1:]:
-        for a, b in zip(weights[0], other, strict=True):
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)
-    np.testing.assert_allclose(losses[0][0], losses[2][0], rtol=0.05)
 
 
 def result(policy, seed, top1, diverged=None):
-    row = {"loss": 1.0, "test_loss": 2.0, "test_top1": top1, "test_top5": 0.9}
+    row = {"loss": 10 * top1, "test_loss": 20 * top1, "test_top1": top1, "test_top5": 0.9}
     row["images_per_second"] = 10.0
     return comparison.Result(policy, seed, [1, 2], [3.0, 1.0], [row], diverged)
 
@@ -612,16 +663,21 @@ def test_paired_differences():
     ]
     results += [result("bits", 0, 0.4), result("bits", 1, 0.1, diverged=7)]
     first, second, third = comparison.summary(results)
-    assert first["difference"] is None
+    assert first["test_top1_difference"] is None
     # Differences 0.01, -0.01, 0.03; t with two degrees of freedom is 4.3027 at 97.5 %.
-    assert second["difference"] == pytest.approx(0.01)
-    assert second["interval"] == pytest.approx(4.3027 * 0.02 / 3**0.5, rel=1e-4)
+    assert second["test_top1_difference"] == pytest.approx(0.01)
+    assert second["test_top1_interval"] == pytest.approx(4.3027 * 0.02 / 3**0.5, rel=1e-4)
+    # Losses are ten times the accuracies.
+    assert second["loss_difference"] == pytest.approx(0.1)
+    assert second["test_loss_interval"] == pytest.approx(second["test_top1_interval"] * 20)
     assert second["test_top1_std"] == pytest.approx(np.std([0.51, 0.59, 0.73], ddof=1))
-    assert (third["runs"], third["diverged"], third["interval"]) == (1, 1, None)
-    assert third["difference"] == pytest.approx(-0.1)
+    assert (third["runs"], third["diverged"], third["test_top1_interval"]) == (1, 1, None)
+    assert third["test_top1_difference"] == pytest.approx(-0.1)
     lines = comparison.table([first, second, third]).splitlines()
     assert "| 61.00% ± 11.14 " in lines[3]
     assert "| +1.00 ± 4.97 " in lines[3]
+    assert "| +0.1000 ± 0.4968 " in lines[3]
+    assert "| -1.0000 " in lines[4]
     assert "1, 1 diverged" in lines[4]
     assert len(set(map(len, lines))) == 1
 
@@ -652,26 +708,63 @@ def test_how_far_curves_are_apart():
 
 def test_curves_have_few_points():
     losses = [float(x) for x in range(1000)]
-    steps, means = comparison.curve(losses, 1)
-    assert (steps, means) == ([*range(1, 1001)], losses)
-    steps, means = comparison.curve(losses[:999], 5)
+    steps, means = comparison.curve(losses[:200], 200)
+    assert (steps, means) == ([*range(1, 201)], losses[:200])
+    steps, means = comparison.curve(losses[:999], 999)
     assert (len(steps), steps[:2], steps[-1]) == (200, [5, 10], 999)
     assert (means[0], means[-1]) == (2.0, 996.5)
+    # Of a run that diverged.
+    steps, means = comparison.curve(losses[:7], 1000)
+    assert (steps, means) == ([5, 7], [2.0, 5.5])
+    assert len(comparison.curve(losses[:201], 201)[0]) == 101
 
 
 def test_a_study_goes_on_from_its_results_alone(tmp_path):
     settings = digits(steps=2)
     results = [result("float32", 1, 0.5), result("dfp16", 1, 0.6, diverged=3)]
-    comparison.write(tmp_path, settings, results)
-    kept = comparison.kept(tmp_path, dataclasses.replace(settings, data="elsewhere"))
+    data = settings.find_data()
+    comparison.write(tmp_path, settings, data, results)
+    kept = comparison.kept(tmp_path, dataclasses.replace(settings, data="elsewhere"), data)
     assert kept == {("float32", 1): results[0], ("dfp16", 1): results[1]}
-    assert comparison.kept(tmp_path / "nowhere", settings) == {}
+    assert comparison.kept(tmp_path / "nowhere", settings, data) == {}
     with pytest.raises(RunError, match="results of another study: steps is 2, not 3"):
-        comparison.kept(tmp_path, digits(steps=3))
+        comparison.kept(tmp_path, digits(steps=3), data)
+    fewer = (data[0].subset(np.arange(100)), data[1])
+    with pytest.raises(RunError, match="results of another study: not the same images"):
+        comparison.kept(tmp_path, settings, fewer)
     for content in ("", "[]", '{"settings": {}, "runs": [{}]}'):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(RunError, match=r"results\.json does not hold results"):
-            comparison.kept(tmp_path, settings)
+            comparison.kept(tmp_path, settings, data)
+
+
+def test_a_study_is_made_by_one_process_at_a_time(tmp_path):
+    program = (
+        "import sys, pathlib; from keras_dfp.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"in\n"
+        settings = digits(steps=1)
+        run = Run(settings, tmp_path, settings.find_data())
+        with pytest.raises(BlockingIOError, match="Another process is writing to"):
+            run.train()
+        compare = command("compare", "lenet", "--steps", 1, "--output", tmp_path)
+        refused = subprocess.run(compare, capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert "Error: Another process is writing to" in refused.stderr
+        other.stdin.close()
+    run.train()
+    assert run.finished
+
+
+def test_a_plot_with_runs_that_diverged(tmp_path):
+    results = [result("float32", 1, 0.5), result("float32", 2, 0.5, diverged=2)]
+    results += [result("dfp16", 1, 0.5, diverged=1)]
+    comparison.plot(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Export

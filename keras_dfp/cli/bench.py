@@ -20,26 +20,13 @@ from keras_dfp.benchmarks import report, roofline
 from keras_dfp.benchmarks.networks import BATCHES, IMAGE_SIZES, NETWORKS
 from keras_dfp.benchmarks.products import DTYPES
 from keras_dfp.benchmarks.run import SCHEMA, measure
+from keras_dfp.cli.options import ListType
 from keras_dfp.files import written_whole
 
 POLICIES = ("float32", "mixed_bfloat16", "dfp16", "dfp16_paper")
 
 
 # ---- types of options ----------------------------------------------------------------------------
-
-
-class _List(click.ParamType):
-    """Values separated by commas, each of the type of `item`."""
-
-    def __init__(self, item: click.ParamType):
-        self.item = item
-        self.name = f"{item.name},..."
-
-    def convert(self, value, param, ctx):
-        if not isinstance(value, str):
-            return value
-        items = [self.item.convert(text.strip(), param, ctx) for text in value.split(",")]
-        return list(dict.fromkeys(items))
 
 
 class _Size(click.ParamType):
@@ -93,7 +80,7 @@ _machine = _options(
     click.option("--isa", callback=_isa, help="Instruction set to force.  [default: the best]"),
     click.option(
         "--threads",
-        type=_List(click.IntRange(min=1)),
+        type=ListType(click.IntRange(min=1)),
         default=[None],
         help="For both sides, say 2, or 1,2 to compare.  [default: all]",
     ),
@@ -106,7 +93,7 @@ _plot = click.option(
 )
 _against = click.option(
     "--against",
-    type=_List(click.Choice(list(DTYPES))),
+    type=ListType(click.Choice(list(DTYPES))),
     default="float32",
     show_default=True,
     help="What TensorFlow computes in, say float32,bfloat16.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import click
 from keras_dfp.cli.options import (
     PACKAGES,
     POLICY_HELP,
+    ListType,
     PolicyType,
     explained,
     make_folder,
@@ -17,25 +19,14 @@ from keras_dfp.cli.options import (
     settings,
     settings_options,
 )
-
-
-class _Policies(click.ParamType):
-    name = "POLICY,..."
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        words = tuple(PolicyType().convert(word, param, ctx) for word in value.split(","))
-        if len(set(words)) < len(words):
-            self.fail(f"{value!r} names a policy twice.", param, ctx)
-        return words
+from keras_dfp.files import locked
 
 
 @click.command()
 @settings_options
 @click.option(
     "--policies",
-    type=_Policies(),
+    type=ListType(PolicyType()),
     default="float32,dfp16",
     show_default=True,
     help=f"Separated by commas; the others are compared with the first. {POLICY_HELP}",
@@ -54,7 +45,7 @@ class _Policies(click.ParamType):
     help="Folder of the runs and results.  [default: runs/NETWORK]",
 )
 def compare(
-    policies: tuple[str, ...], seeds: int, output: Path | None, checkpoint_steps: int, **options
+    policies: list[str], seeds: int, output: Path | None, checkpoint_steps: int, **options
 ) -> None:
     """Train NETWORK under several policies and compare them.
 
@@ -77,22 +68,24 @@ def compare(
     # Here and not above, because it needs those packages.
     from keras_dfp.training import comparison
 
-    with explained():
-        this = settings(**options)
+    with explained(), contextlib.ExitStack() as stack:
+        this = settings(**options).resolved()
         output = output or Path("runs") / this.network
-        data = this.resolved().find_data()
+        data = this.find_data()
         make_folder(output)
-        results = comparison.kept(output, this)
+        stack.enter_context(locked(output))
+        results = comparison.kept(output, this, data)
         for seed, policy in itertools.product(range(1, seeds + 1), policies):
-            title = f"{this.network} under {policy}, seed {seed}"
-            if (policy, seed) in results:
-                click.secho(f"{title}: finished already", bold=True)
+            known = (policy, seed) in results
+            run = None if known else comparison.start(this, policy, seed, output, data)
+            left = (
+                "finished already"
+                if run is None or run.finished
+                else f"{run.epochs} epochs, {run.steps} steps"
+            )
+            click.secho(f"{this.network} under {policy}, seed {seed}: {left}", bold=True)
+            if run is None:
                 continue
-            run = comparison.start(this, policy, seed, output, data)
-            if run.finished:
-                click.secho(f"{title}: finished already", bold=True)
-            else:
-                click.secho(f"{title}: {run.epochs} epochs, {run.steps} steps", bold=True)
             try:
                 run.train(checkpoint_steps)
             except KeyboardInterrupt:
@@ -101,12 +94,12 @@ def compare(
             if run.progress.diverged:
                 click.echo(f"The loss is no longer a number after step {run.progress.diverged}.")
             results[policy, seed] = comparison.Result.of(run)
-            comparison.write(output, this, _in_order(results, policies))
-        table = comparison.write(output, this, _in_order(results, policies))
+            comparison.write(output, this, data, _in_order(results, policies))
+        table = comparison.write(output, this, data, _in_order(results, policies))
     click.echo(f"\n{table}\n\nIn {output}: curves.png, results.md, results.csv, results.json")
 
 
-def _in_order(results: dict, policies: tuple[str, ...]) -> list:
+def _in_order(results: dict, policies: list[str]) -> list:
     """The policies asked for first; what is there of others is kept."""
     names = list(dict.fromkeys((*policies, *(policy for policy, _ in results))))
     return [results[key] for key in sorted(results, key=lambda k: (names.index(k[0]), k[1]))]

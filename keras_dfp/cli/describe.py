@@ -23,16 +23,16 @@ from keras_dfp import zoo
 def describe(model: str, policy: str | None) -> None:
     """Show what runs on integers in MODEL, layer by layer, and why the rest stays FP32.
 
-    MODEL is a .keras file, the name of a network of the zoo (alexnet, googlenet_v1, lenet,
-    resnet20, resnet50, vgg16), or of a model of keras.applications.
+    MODEL is a .keras file, or the name of a network of the zoo or of a model of
+    keras.applications.
 
     \b
     Examples:
       keras-dfp describe resnet50
       keras-dfp describe mobilenetv2 --policy dfp16_paper
-      keras-dfp describe runs/lenet/dfp16.keras
+      keras-dfp describe runs/lenet/seed1/dfp16/model.keras
     """
-    if model.endswith((".keras", ".h5")) or Path(model).exists():
+    if model.endswith((".keras", ".h5")) or Path(model).is_file():
         described = load(Path(model))
     else:
         described = build(model)

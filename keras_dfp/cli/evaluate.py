@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -16,7 +17,12 @@ from keras_dfp.cli.options import PACKAGES, POLICY_HELP, PolicyType, explained, 
     "--weights",
     help="imagenet, or a file of weights; RUN is then the name of a network of the zoo.",
 )
-@click.option("--data", metavar="PATH", help="As for `keras-dfp train`.  [default: the run's]")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="As for `keras-dfp train`, but train is not needed. Of class folders alone, the share "
+    "that is held out.  [default: the run's]",
+)
 @click.option("--policy", type=PolicyType(), help=f"{POLICY_HELP}  [default: the run's, or dfp16]")
 @click.option("--batch-size", type=click.IntRange(min=1), help="[default: the run's]")
 def evaluate(trained: str, weights: str | None, **options) -> None:
@@ -49,19 +55,26 @@ def evaluate(trained: str, weights: str | None, **options) -> None:
                 f"got {trained!r}.",
                 param_hint="RUN",
             )
-        _, test = this.find_data()
+        test = this.find_test_data()
         network.check_classes(model, test)
-        result = network.evaluate(
-            network.test_step(model),
-            Pipeline(
-                test,
-                this.recipe.images,
-                this.batch_size,
-                zoo.preprocessing(this.network, weights),
-                this.skip_bad,
-            ),
+        if weights is None:
+            _warn_of_other_names(run.read(Path(trained))["classes"], test.classes)
+        pipeline = Pipeline(
+            test,
+            this.recipe.images,
+            this.batch_size,
+            zoo.preprocessing(this.network, weights),
+            this.skip_bad,
         )
+        result = network.evaluate(network.test_step(model), pipeline)
     click.echo(
-        f"{len(test)} images under {this.policy}: loss {result['loss']:.4f}, "
+        f"{len(test) - len(pipeline.bad)} images under {this.policy}: loss {result['loss']:.4f}, "
         f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
     )
+
+
+def _warn_of_other_names(trained: Sequence[str], tested: Sequence[str]) -> None:
+    # Folders and TFRecords of the same images name their classes differently.
+    others = [f"{b} for {a}" for a, b in zip(trained, tested, strict=True) if a != b]
+    if others:
+        click.echo(f"The data have other names for classes than in training: {others[0]}", err=True)

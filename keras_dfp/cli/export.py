@@ -17,8 +17,8 @@ def export(trained: Path, target: Path) -> None:
     """Write the network of a run for use where keras-dfp is not installed.
 
     RUN is the folder of a run of `keras-dfp train`. TARGET is a file that ends in .keras, for
-    Keras, or else a folder, for TensorFlow (SavedModel). Either computes in FP32, gives
-    probabilities, and takes images as the network does: after `keras_dfp.zoo.preprocessing`.
+    Keras, or else a folder, for TensorFlow (SavedModel). Either computes in FP32 and gives
+    probabilities. Its input are normalised images, as in training; how is printed.
 
     \b
     Examples:
@@ -41,4 +41,9 @@ def export(trained: Path, target: Path) -> None:
                 model.save(path)
             else:
                 model.export(path, verbose=False)
-    click.echo(f"Written to {target}")
+    images = settings.recipe.images
+    click.echo(
+        f"Written to {target}. Its input: {'RGB' if len(images.mean) == 3 else 'grey'} images of 0 "
+        f"to 255, minus {list(images.mean)}, divided by {list(images.std)}, as float32 of "
+        f"{model.input_shape[1:]}"
+    )

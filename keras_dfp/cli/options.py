@@ -19,6 +19,20 @@ from keras_dfp.training.settings import Settings
 PACKAGES = ("matplotlib", "scipy", "sklearn", "tensorboard", "tqdm")
 
 
+class ListType(click.ParamType):
+    """Values separated by commas, each of the type of `item`."""
+
+    def __init__(self, item: click.ParamType):
+        self.item = item
+        self.name = f"{item.name},..."
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        items = [self.item.convert(text.strip(), param, ctx) for text in value.split(",")]
+        return list(dict.fromkeys(items))
+
+
 class PolicyType(click.ParamType):
     """The word for a policy; it is checked, and passed on as it is."""
 
@@ -123,7 +137,7 @@ def explained() -> Iterator[None]:
     """Makes what is wrong with data or run the message of a failed command."""
     try:
         yield
-    except TrainingError as error:
+    except (TrainingError, BlockingIOError) as error:
         raise click.ClickException(str(error)) from error
 
 

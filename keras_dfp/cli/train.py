@@ -35,10 +35,9 @@ from keras_dfp.cli.options import (
 def train(output: Path | None, resume: bool, checkpoint_steps: int, **options) -> None:
     """Train NETWORK by its recipe.
 
-    NETWORK is alexnet, googlenet_v1, lenet (the default), resnet20, resnet50 or vgg16. What no
-    option says is as in the network's recipe, and the same for every policy. With another
-    --batch-size, the learning rate changes in proportion; with other --epochs or --steps, the
-    schedule is stretched or compressed.
+    NETWORK is lenet unless you say otherwise. What no option says is as in the network's recipe,
+    and the same for every policy. With another --batch-size, the learning rate changes in
+    proportion; with other --epochs or --steps, the schedule is stretched or compressed.
 
     Writes checkpoints, log.csv, tensorboard/ and, at the end, model.keras. Ctrl-C stops it after
     a checkpoint.

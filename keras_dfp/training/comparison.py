@@ -25,6 +25,8 @@ from keras_dfp.training.sources import Source
 
 # Points of a loss curve, each the mean of the steps between.
 POINTS = 200
+# Of a run's last epoch, what is compared in pairs.
+COMPARED = ("loss", "test_loss", "test_top1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,10 @@ class Result:
     @classmethod
     def of(cls, run: Run) -> Result:
         progress = run.progress
-        losses = progress.losses[: None if progress.diverged is None else -1]
         return cls(
             run.settings.policy,
             run.settings.seed,
-            *curve(losses, math.ceil(run.steps / POINTS)),
+            *curve([loss for loss in progress.losses if math.isfinite(loss)], run.steps),
             progress.history,
             progress.diverged,
         )
@@ -73,10 +74,17 @@ def start(
     return Run(this, folder / f"seed{seed}" / policy.replace(":", "-"), data, resume=True)
 
 
-def kept(folder: Path, settings: Settings) -> dict[tuple[str, int], Result]:
+def kept(
+    folder: Path, settings: Settings, data: tuple[Source, Source]
+) -> dict[tuple[str, int], Result]:
     """Returns what `results.json` in a folder holds, by policy and seed.
 
     So a study goes on from this file alone, also where its runs are not, or no longer.
+
+    Args:
+        folder: The study's.
+        settings: The study's, resolved.
+        data: `settings.find_data()`.
 
     Raises:
         RunError: If there is such a file, but of something else.
@@ -86,14 +94,18 @@ def kept(folder: Path, settings: Settings) -> dict[tuple[str, int], Result]:
         return {}
     try:
         content = json.loads(path.read_text())
-        known = content["settings"]
+        different = settings.differences(content["settings"], ("policy", "seed")) + [
+            f"not the same {key}"
+            for key, value in settings.facts(data).items()
+            if content[key] != value
+        ]
         results = [
             Result(**{**each, "steps": each["losses"]["steps"], "losses": each["losses"]["means"]})
             for each in content["runs"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} does not hold results of a comparison: {error!r}") from error
-    if different := settings.resolved().differences(known, ("policy", "seed")):
+    if different:
         raise RunError(f"{path} holds the results of another study: {'; '.join(different)}.")
     return {(result.policy, result.seed): result for result in results}
 
@@ -101,11 +113,12 @@ def kept(folder: Path, settings: Settings) -> dict[tuple[str, int], Result]:
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Returns a row for each policy: means over its seeds, and differences to the first policy.
 
-    Accuracies are shares of 1. `difference` is the mean paired difference in test top-1, and
-    `interval` the half width of its 95 % interval by Student's t; `None` where there are too few
-    pairs. `curve_gap` is how far the mean loss curve is from the first policy's, on average over
-    the steps, and `curve_spread` the first policy's own standard deviation between seeds, on the
-    same average. Runs that diverged are counted, and left out of the means.
+    Accuracies are shares of 1. `loss` is that of the last epoch. For each of `COMPARED` there is
+    the mean paired difference and the half width of its 95 % interval by Student's t:
+    `loss_difference` and `loss_interval`, for instance; `None` where there are too few pairs.
+    `curve_gap` is how far the mean loss curve is from the first policy's, on average over the
+    steps, and `curve_spread` the first policy's own standard deviation between seeds, on the same
+    average. Runs that diverged are counted, and left out of the means.
     """
     policies = list(dict.fromkeys(result.policy for result in results))
     whole = {(r.policy, r.seed): r for r in results if r.diverged is None}
@@ -124,7 +137,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         }
         top1 = [row["test_top1"] for row in mine.values()]
         shared = [seed for seed in mine if seed in first and policy != policies[0]]
-        pairs = [mine[seed]["test_top1"] - first[seed]["test_top1"] for seed in shared]
+        pairs = {key: [mine[s][key] - first[s][key] for s in shared] for key in COMPARED}
         gaps = [curves[policy, seed] - curves[policies[0], seed] for seed in shared]
         spread = [curves[policies[0], seed] for seed in first]
         rows.append(
@@ -134,9 +147,12 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "diverged": sum(r.policy == policy and r.diverged is not None for r in results),
                 **means,
                 "test_top1_std": float(np.std(top1, ddof=1)) if len(top1) > 1 else None,
-                "pairs": len(pairs),
-                "difference": float(np.mean(pairs)) if pairs else None,
-                "interval": half_width(pairs),
+                "pairs": len(shared),
+                **{
+                    f"{key}_difference": float(np.mean(values)) if values else None
+                    for key, values in pairs.items()
+                },
+                **{f"{key}_interval": half_width(values) for key, values in pairs.items()},
                 "curve_gap": float(np.abs(np.mean(gaps, axis=0)).mean()) if gaps else None,
                 "curve_spread": float(np.std(spread, axis=0, ddof=1).mean())
                 if len(spread) > 1
@@ -163,12 +179,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     def percent(value, spread):
         return text(value, "{:.2%}") + ("" if spread is None else f" ± {100 * spread:.2f}")
 
-    def points(row):
-        if row["difference"] is None:
+    def difference(row, key, scale=1, digits=4):
+        mean, interval = row[f"{key}_difference"], row[f"{key}_interval"]
+        if mean is None:
             return "-"
-        interval = row["interval"]
-        return f"{100 * row['difference']:+.2f}" + (
-            "" if interval is None else f" ± {100 * interval:.2f}"
+        return f"{scale * mean:+.{digits}f}" + (
+            "" if interval is None else f" ± {scale * interval:.{digits}f}"
         )
 
     def gap(row):
@@ -176,14 +192,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             return "-"
         return f"{row['curve_gap']:.4f} / {text(row['curve_spread'])}"
 
+    to = f"to {rows[0]['policy']}"
     cells = [
         (
             "policy",
             "runs",
             "train loss",
+            f"{to} ± 95 %",
             "test loss",
+            f"{to} ± 95 %",
             "test top-1 ± std",
-            f"to {rows[0]['policy']}, points ± 95 %",
+            f"{to}, points ± 95 %",
             "loss curve: gap / spread",
             "img/s",
         ),
@@ -192,9 +211,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 row["policy"],
                 f"{row['runs']}" + (f", {row['diverged']} diverged" if row["diverged"] else ""),
                 text(row["loss"]),
+                difference(row, "loss"),
                 text(row["test_loss"]),
+                difference(row, "test_loss"),
                 percent(row["test_top1"], row["test_top1_std"]),
-                points(row),
+                difference(row, "test_top1", 100, 2),
                 gap(row),
                 text(row["images_per_second"], "{:.0f}"),
             )
@@ -210,15 +231,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, settings: Settings, results: Sequence[Result]) -> str:
-    """Writes `results.csv`, `results.md`, `results.json` and `curves.png`; returns the table."""
+def write(
+    folder: Path, settings: Settings, data: tuple[Source, Source], results: Sequence[Result]
+) -> str:
+    """Writes `results.csv`, `results.md`, `results.json` and `curves.png`; returns the table.
+
+    Args:
+        folder: The study's.
+        settings: The study's, resolved.
+        data: `settings.find_data()`.
+        results: All there are.
+    """
     rows = summary(results)
     write_csv(folder / "results.csv", rows)
-    shared = dataclasses.asdict(settings.resolved())
+    shared = dataclasses.asdict(settings)
     for each in ("policy", "seed"):
         del shared[each]
     content = {
         "settings": shared,
+        **settings.facts(data),
         "summary": rows,
         "runs": [
             {
@@ -240,8 +271,12 @@ def write(folder: Path, settings: Settings, results: Sequence[Result]) -> str:
     return table(rows)
 
 
-def curve(losses: Sequence[float], window: int) -> tuple[list[int], list[float]]:
-    """Returns the points of a loss curve: the last of each `window` steps, and their mean."""
+def curve(losses: Sequence[float], steps: int) -> tuple[list[int], list[float]]:
+    """Returns the points of a loss curve, `POINTS` at most over a run of so many steps.
+
+    A point is the last of some steps, and their mean.
+    """
+    window = math.ceil(steps / POINTS)
     starts = range(0, len(losses), window)
     return (
         [min(start + window, len(losses)) for start in starts],
@@ -252,7 +287,7 @@ def curve(losses: Sequence[float], window: int) -> tuple[list[int], list[float]]
 def plot(results: Sequence[Result], path: Path) -> None:
     """Draws training loss and test accuracy: a line for a policy's mean, a band for its seeds.
 
-    Of more than three policies only the first has its band.
+    Of more than three policies only the first has its band. A run that diverged is a dotted line.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -261,37 +296,37 @@ def plot(results: Sequence[Result], path: Path) -> None:
     loss, accuracy = figure.subplots(1, 2)
     policies = list(dict.fromkeys(result.policy for result in results))
     for number, policy in enumerate(policies):
+        color = f"C{number}"
         mine = [result for result in results if result.policy == policy]
+        whole = [result for result in mine if result.diverged is None]
+        for result in mine:
+            if result.diverged is not None:
+                loss.plot(result.steps, result.losses, color=color, linestyle=":")
+        label = f"{policy} ({len(whole)} seed{'s' * (len(whole) != 1)}"
+        label += f", {len(mine) - len(whole)} diverged)" if len(whole) < len(mine) else ")"
+        loss.plot([], [], color=color, label=label)
+        if not whole:
+            continue
+        # All curves of a policy have the same points.
         for axes, x, curves, marker in (
-            (
-                loss,
-                max((result.steps for result in mine), key=len),
-                [result.losses for result in mine],
-                "",
-            ),
+            (loss, whole[0].steps, [result.losses for result in whole], ""),
             (
                 accuracy,
-                range(1, 1 + max(len(result.history) for result in mine)),
-                [[row["test_top1"] for row in result.history] for result in mine],
+                range(1, 1 + len(whole[0].history)),
+                [[row["test_top1"] for row in result.history] for result in whole],
                 ".",
             ),
         ):
-            # A run that diverged has fewer points.
-            values = np.full((len(curves), len(x)), np.nan)
-            for row, values_of_one in zip(values, curves, strict=True):
-                row[: len(values_of_one)] = values_of_one
-            masked = np.ma.masked_invalid(values)
-            label = f"{policy} ({len(mine)} seed{'s' * (len(mine) > 1)})"
-            axes.plot(x, masked.mean(axis=0), color=f"C{number}", marker=marker, label=label)
+            axes.plot(x, np.mean(curves, axis=0), color=color, marker=marker)
             if number == 0 or len(policies) <= 3:
                 axes.fill_between(
-                    x, masked.min(axis=0), masked.max(axis=0), color=f"C{number}", alpha=0.2, lw=0
+                    x, np.min(curves, axis=0), np.max(curves, axis=0), color=color, alpha=0.2, lw=0
                 )
     loss.set(title="Training loss", xlabel="step", yscale="log")
     loss.yaxis.set_major_formatter("{x:g}")
     # Numbers between the powers of ten where few of those are.
     loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    epochs = max(len(result.history) for result in results)
+    epochs = max(1, *(len(result.history) for result in results))
     accuracy.set(title="Test accuracy (top-1)", xlabel="epoch", xlim=(0.5, epochs + 0.5))
     accuracy.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, accuracy):

@@ -137,7 +137,7 @@ class Pipeline:
                 found = True
                 message = f"Cannot read {self.source.name(index)}: {reason(cause)}"
                 if not self.skip_bad:
-                    raise DataError(message) from cause
+                    raise DataError(f"{message} (--skip-bad-images goes on without)") from cause
                 warnings.warn(f"Skipped. {message}", stacklevel=2)
                 self.bad.add(index)
         if not found:

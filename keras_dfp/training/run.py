@@ -2,7 +2,7 @@
 
 A run lives in a folder:
 
-    run.json          what it is: settings, classes, number of images, versions
+    run.json          what it is: settings, recipe, classes, number of images, versions
     checkpoint.npz    how far it has come; everything it needs to go on
     log.csv           a line for each epoch
     tensorboard/      loss and learning rate over the steps, results over the epochs
@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dfp import zoo
-from keras_dfp.files import written_whole
+from keras_dfp.files import locked, written_whole
 from keras_dfp.recipe import Plateau
 from keras_dfp.training import checkpoint, network
 from keras_dfp.training.errors import DataError, RunError
@@ -51,7 +51,7 @@ class Progress:
         history: A row for every epoch done.
         plateaus: What the schedule has seen.
         bad: Unreadable images, of the training and of the test data.
-        diverged: The step at which the loss was no longer a number.
+        diverged: The step at which the loss, of training or of the test, was no longer a number.
     """
 
     step: int = 0
@@ -109,8 +109,8 @@ class Run:
         keras.utils.set_random_seed(settings.seed)
         if settings.deterministic:
             tf.config.experimental.enable_op_determinism()
-        shape, classes = self.training.image_shape(), list(data[0].classes)
-        self.model = network.build(settings, shape, len(classes))
+        shape = self.training.image_shape()
+        self.model = network.build(settings, shape, len(data[0].classes))
         self.optimizer = network.optimizer(settings.recipe)
         self.optimizer.build(self.model.trainable_variables)
         self._train_step = network.train_step(
@@ -118,9 +118,7 @@ class Run:
         )
         self._test_step = network.test_step(self.model)
         self.progress = Progress()
-        self._open(
-            resume, {"input_shape": list(shape), "classes": classes, "images": [*map(len, data)]}
-        )
+        self._open(resume, {"input_shape": list(shape), **settings.facts(data)})
 
     @property
     def finished(self) -> bool:
@@ -140,14 +138,19 @@ class Run:
             KeyboardInterrupt: After Ctrl-C, when the step is done and a checkpoint is written. A
                 second Ctrl-C does not wait.
             DataError: If an image cannot be read and is not to be skipped.
+            BlockingIOError: If another process is training it.
         """
-        if not self.finished:
-            self._train(checkpoint_steps)
-        # Also when the run was killed just before.
-        target = self.folder / "model.keras"
-        if self.progress.diverged is None and not target.exists():
-            with written_whole(target) as path:
-                network.deployable(self.model, self.settings).save(path)
+        with locked(self.folder):
+            # What a process that was killed while it wrote has left.
+            for folder in self.folder.glob(".writing-*"):
+                shutil.rmtree(folder)
+            if not self.finished:
+                self._train(checkpoint_steps)
+            # Also when the run was killed just before.
+            target = self.folder / "model.keras"
+            if self.progress.diverged is None and not target.exists():
+                with written_whole(target) as path:
+                    network.deployable(self.model, self.settings).save(path)
 
     def _train(self, checkpoint_steps: int) -> None:
         size = self.settings.batch_size
@@ -163,6 +166,7 @@ class Run:
                             self.save()
                     if self.progress.diverged is None:
                         self._end_epoch(interrupted)
+                    if self.progress.diverged is None:
                         log.epoch(self.progress.history)
                     self.save()
             except DataError:
@@ -184,9 +188,6 @@ class Run:
     def _open(self, resume: bool, model: dict[str, Any]) -> None:
         """Goes on with the run in the folder, or starts one."""
         this = {"settings": dataclasses.asdict(self.settings), **model}
-        # What a process that was killed while it wrote has left.
-        for folder in self.folder.glob(".writing-*"):
-            shutil.rmtree(folder)
         if not (self.folder / "run.json").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             versions = {
@@ -201,7 +202,7 @@ class Run:
             raise RunError(f"{self.folder} holds a run already.")
         known = read(self.folder)
         different = self.settings.differences(known["settings"]) + [
-            f"it has other {key}" for key in model if known[key] != this[key]
+            f"not the same {key}" for key, value in model.items() if known.get(key) != value
         ]
         if different:
             raise RunError(f"{self.folder} holds another run: {'; '.join(different)}.")
@@ -247,6 +248,9 @@ class Run:
         """Tests, and adds the epoch to the history."""
         progress, schedule = self.progress, self.settings.recipe.schedule
         test = network.evaluate(self._test_step, self.test, interrupted)
+        if not np.isfinite(test["loss"]):
+            progress.diverged = progress.step
+            return
         loss, top1, top5, images, seconds = progress.sums
         row = {
             "epoch": len(progress.history) + 1,
@@ -286,14 +290,19 @@ def load(folder: Path, **changes: Any) -> tuple[Settings, keras.Model]:
         **changes: Settings that are to be others.
 
     Raises:
-        RunError: If the folder holds no run, or one without a checkpoint.
+        RunError: If the folder holds no run, or one without a checkpoint, or one that diverged.
     """
     known = read(folder)
     settings = Settings(**{**known["settings"], **changes})
     if not (folder / "checkpoint.npz").exists():
         raise RunError(f"The run in {folder} has no checkpoint yet.")
     model = network.build(settings, tuple(known["input_shape"]), len(known["classes"]))
-    checkpoint.load(folder / "checkpoint.npz", model.variables)
+    diverged = checkpoint.load(folder / "checkpoint.npz", model.variables)["diverged"]
+    if diverged is not None:
+        raise RunError(
+            f"The run in {folder} has no trained network: its loss was no longer a number after "
+            f"step {diverged}."
+        )
     return settings, model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,13 +69,13 @@ class Settings:
 
         Args:
             known: The settings in the file. Where their data were does not matter: the same images
-                may lie elsewhere now.
+                may lie elsewhere now. Nor does what was to be done about unreadable images.
             ignore: Other settings that do not matter.
         """
         return [
             f"{key} is {known.get(key)}, not {value}"
             for key, value in dataclasses.asdict(self).items()
-            if key not in ("data", *ignore) and known.get(key) != value
+            if key not in ("data", "skip_bad", *ignore) and known.get(key) != value
         ]
 
     @functools.cached_property
@@ -95,6 +96,21 @@ class Settings:
             )
         return recipe.resized(self.input_size)
 
+    def facts(self, data: tuple[sources.Source, sources.Source]) -> dict[str, Any]:
+        """Returns what else makes (resolved) settings and their data what they are, for JSON.
+
+        What is stored of a run begins with it, so that nothing goes on under another recipe, or
+        with other images.
+        """
+        recipe = dataclasses.asdict(self.recipe)
+        del recipe["source"]
+        return {
+            # As it is when it is read again: with lists for tuples.
+            "recipe": json.loads(json.dumps(recipe)),
+            "classes": list(data[0].classes),
+            "images": [len(part) for part in data],
+        }
+
     def find_data(self) -> tuple[sources.Source, sources.Source]:
         """Returns what to train on and what to test on.
 
@@ -102,6 +118,19 @@ class Settings:
             DataError: If the data are not there or not right.
         """
         return sources.find(
+            self.data,
+            channels=len(self.recipe.images.mean),
+            classes=self.classes,
+            holdout=self.holdout,
+        )
+
+    def find_test_data(self) -> sources.Source:
+        """Returns what to test on, without a look at what there is to train on.
+
+        Raises:
+            DataError: If the data are not there or not right.
+        """
+        return sources.find_test(
             self.data,
             channels=len(self.recipe.images.mean),
             classes=self.classes,

@@ -7,10 +7,11 @@ splitting, resuming in the middle of an epoch and naming a corrupt image need no
 from __future__ import annotations
 
 import abc
+import functools
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from keras_dfp.training.errors import DataError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 TEST_FOLDERS = ("val", "validation", "test")
 # train-00000-of-01024, validation-00000-of-00128; with or without .tfrecord.
-RECORDS = re.compile(r"^(?P<part>[^-.]+).*?(-\d+-of-\d+(\.tfrecords?)?|\.tfrecords?)$")
+RECORDS = re.compile(r"^(?P<part>[A-Za-z]+).*?(-\d+-of-\d+(\.tfrecords?)?|\.tfrecords?)$")
 
 
 class Source(abc.ABC):
@@ -216,40 +217,13 @@ def find(
     """
     if data == "digits":
         return digits()
-    folder = Path(data)
-    if not folder.exists():
-        raise DataError(f"There is no folder {folder}. (scikit-learn's digits are: digits)")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder.")
-    names = _listed(folder)
-    matches = [match for name in names if (match := RECORDS.match(name))]
-    if matches:
-        parts = {
-            part: Records(
-                [folder / m.string for m in matches if m["part"] == part], classes, channels
-            )
-            for part in ("train", *TEST_FOLDERS)
-            if any(match["part"] == part for match in matches)
-        }
-        if not parts:
-            raise DataError(
-                f"{folder}: names of TFRecord files must begin with train, and with "
-                f"{', '.join(TEST_FOLDERS[:-1])} or {TEST_FOLDERS[-1]}; got {matches[0].string}."
-            )
-    else:
-        parts = {
-            part: ClassFolders(folder / part, channels)
-            for part in ("train", *TEST_FOLDERS)
-            if part in names
-        }
-        if not parts:
-            parts = {"train": ClassFolders(folder, channels)}
+    folder, parts = Path(data), _parts(Path(data), channels, classes)
     if "train" not in parts:
         raise DataError(f"{folder} has {', '.join(parts)}, but nothing named train.")
-    train = parts.pop("train")
+    train = parts.pop("train")()
     if not parts:
         return _split(train, holdout)
-    part, test = next(iter(parts.items()))
+    part, test = next((part, source()) for part, source in parts.items())
     if list(test.classes) != list(train.classes):
         only = [
             f"only in {where}: {', '.join(sorted(a - b))}"
@@ -261,6 +235,24 @@ def find(
         ]
         raise DataError(f"{folder}: train and {part} have different classes; {'; '.join(only)}.")
     return train, test
+
+
+def find_test(data: str, **options) -> Source:
+    """Returns what `find` tests on. Where that is a part of its own, there may be no other.
+
+    Args:
+        data: As for `find`.
+        **options: As for `find`.
+
+    Raises:
+        DataError: If there are no such data.
+    """
+    if data != "digits":
+        parts = _parts(Path(data), options.get("channels", 3), options.get("classes", 1000))
+        for part in TEST_FOLDERS:
+            if part in parts:
+                return parts[part]()
+    return find(data, **options)[1]
 
 
 def digits() -> tuple[Source, Source]:
@@ -286,6 +278,38 @@ def reason(error: tf.errors.OpError) -> str:
     if asserted:
         message = " ".join(re.sub(r"^b'(.*)'$", r"\1", line) for line in asserted.split("\n"))
     return message.strip()
+
+
+def _parts(folder: Path, channels: int, classes: int) -> dict[str, Callable[[], Source]]:
+    """Returns what opens the parts of a folder, by name: train, and what there is to test on."""
+    if not folder.exists():
+        raise DataError(f"There is no folder {folder}. (scikit-learn's digits are: digits)")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder.")
+    names = _listed(folder)
+    known = ("train", *TEST_FOLDERS)
+    records = [match for name in names if (match := RECORDS.match(name))]
+    if not records:
+        parts = {
+            part: functools.partial(ClassFolders, folder / part, channels)
+            for part in known
+            if part in names
+        }
+        return parts or {"train": functools.partial(ClassFolders, folder, channels)}
+    files = {
+        part: [folder / match.string for match in records if match["part"] == part]
+        for part in known
+    }
+    if not any(files.values()):
+        raise DataError(
+            f"{folder}: names of TFRecord files must begin with train, and with "
+            f"{', '.join(TEST_FOLDERS[:-1])} or {TEST_FOLDERS[-1]}; got {records[0].string}."
+        )
+    return {
+        part: functools.partial(Records, these, classes, channels)
+        for part, these in files.items()
+        if these
+    }
 
 
 def _split(source: Source, holdout: float) -> tuple[Source, Source]:
