@@ -59,7 +59,13 @@ def _load():
             f"TensorFlow {tf.__version__} cannot load keras_dfp's compiled extension "
             f"{spec.origin}: {error.message}. Reinstall keras-dfp for this Python and machine."
         ) from error
-    return library, importlib.import_module("keras_dfp._native")
+    extension = importlib.import_module("keras_dfp._native")
+    if not extension.is_registered():
+        raise ImportError(
+            f"TensorFlow {tf.__version__} does not take the ops of keras_dfp's compiled extension "
+            f"{spec.origin}. Is this version of TensorFlow supported?"
+        )
+    return library, extension
 
 
 lib, extension = _load()

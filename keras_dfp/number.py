@@ -137,6 +137,7 @@ def quantize(
     from keras_dfp import native
 
     DFPFormat(mantissa_bits=mantissa_bits, rounding=rounding)
+    native.follow_thread_setting()
     q, e = native.lib.dfp_quantize(
         x=_as_float32(x),
         exponent=[],

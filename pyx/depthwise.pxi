@@ -11,11 +11,6 @@ cdef enum:
     DW_TERMS = 1024         # of them in spill mode,
     DW_CHANNELS = 256       # and channels computed by one task
 
-cdef enum Pass:
-    FORWARD
-    INPUT_GRADIENT
-    WEIGHT_GRADIENT
-
 # Along one axis, from one phase: position phase + j * stride reaches pixel start + j * step of the
 # image by a kernel position, for low <= j < high.
 cdef struct Span:

@@ -114,8 +114,6 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
         g.kb = BLOCK_K
     if g.spill:
         plan_spill(g, limit)
-    if g.wide:
-        g.kb = min(g.kb, g.narrow_k)
 
     g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
     share_out(g, BLOCK_MN)
@@ -198,7 +196,8 @@ cdef void plan_spill(Gemm* g, int64_t limit) noexcept nogil:
 
 
 cdef inline int64_t scratch_bytes(Gemm* g) noexcept nogil:
-    return g.shared_bytes + g.threads * g.task_bytes + ALIGN
+    cdef int64_t tasks = g.batch * g.m_blocks * g.n_blocks * g.splits
+    return g.shared_bytes + min(<int64_t>g.threads, tasks) * g.task_bytes + ALIGN
 
 
 cdef inline int64_t next_block(Gemm* g, int64_t k0) noexcept nogil:

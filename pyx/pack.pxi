@@ -16,7 +16,7 @@ cdef struct Window:
     int64_t padded              # elements a tap takes in K: channels, or rounded up to even
 
 cdef enum AKind:
-    ROWS        # A[m, k] = data[m * ld + k], used where it lies; k even
+    ROWS        # A[m, k] = data[m * ld + k], used where it lies in blocks of even length; k even
     COLUMNS     # A[m, k] = data[k * ld + m]
     PATCHES     # A[m, k]: position m, element k = (tap, channel) of the window
     PATCHES_T   # A[m, k]: element m of the window, position k
@@ -62,7 +62,7 @@ cdef int16_t zero_row[MAX_NR]
 
 
 cdef inline int64_t a_block_bytes(ASource* a, int64_t mb, int64_t kb) noexcept nogil:
-    if a.kind == ROWS:
+    if a.kind == ROWS and kb % 2 == 0:
         return 0
     # PATCHES_T gathers two positions before it interleaves them.
     return mb * patch_stride(kb) * 2 + (2 * mb * 2 if a.kind == PATCHES_T else 0)
@@ -301,7 +301,14 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
     cdef int16_t* even
     cdef int16_t* odd
     block.data = to
-    if s.kind == ROWS:
+    if s.kind == ROWS and kc % 2:
+        # The last pair would reach into the next row, or past the last: a chain of odd length.
+        stride = patch_stride(kc)
+        block.row_stride, block.pair_stride, block.tile_stride = stride, 2, mr * stride
+        kernel.copy_rows(data + m0 * s.ld + k0, s.ld, mc, kc, to, stride)
+        for i in range(mc):
+            to[i * stride + kc] = 0
+    elif s.kind == ROWS:
         block.data = data + m0 * s.ld + k0
         block.row_stride, block.pair_stride, block.tile_stride = s.ld, 2, mr * s.ld
     elif s.kind == PATCHES:

@@ -9,7 +9,17 @@ import math
 import numpy as np
 import oracle
 import pytest
-from kernels import ISAS, THREADS, TOKEN, Case, Passes, assert_same_bits, mantissas, running
+from kernels import (
+    ISAS,
+    THREADS,
+    TOKEN,
+    Case,
+    Passes,
+    assert_same_bits,
+    guarded,
+    mantissas,
+    running,
+)
 
 from keras_dfp import reference
 from keras_dfp.native import lib
@@ -151,7 +161,7 @@ def check_matmul(i, rng, against_reference=False):
         for mode, value in expected.items():
             truth = reference.matmul(a, ea, b, eb, **options, accumulation=mode)
             assert_same_bits(value, truth, f"oracle, case {i}, {mode}: {what}")
-    a, b = (np.swapaxes(q, -1, -2) if t else q for q, t in ((a, ta), (b, tb)))
+    a, b = (guarded(np.swapaxes(q, -1, -2) if t else q) for q, t in ((a, ta), (b, tb)))
     for accumulation, isa, threads in runs(i):
         with running(isa, threads, small=0):
             result = lib.dfp_matmul(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import ISAS, TOKEN, Case, assert_same_bits, mantissas
+from kernels import ISAS, TOKEN, Case, assert_same_bits, guarded, mantissas
 
 from keras_dfp import reference
 from keras_dfp.native import extension, lib
@@ -72,7 +72,8 @@ def test_quantize_special_values(isa, rounding, name):
 def test_quantize_large(isa, threads, rounding):
     extension.set_isa(isa)
     extension.set_threads(threads)
-    x = np.random.default_rng(1).standard_normal(100_003).astype(np.float32)
+    # More than one thread's share of 131,072.
+    x = np.random.default_rng(1).standard_normal(300_003).astype(np.float32)
     expected = reference.quantize(x, 14, rounding, seed=-5, tensor_id=9, step=2**40)
     q, e = native_quantize(x, 14, rounding, seed=-5, tensor_id=9, step=2**40)
     np.testing.assert_array_equal(q, expected[0])
@@ -104,6 +105,30 @@ def test_quantize_any_value(values, bits, rounding, exponent):
     assert e == expected[1]
 
 
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        (dict(strides=(0, 1)), "strides and dilations must be positive and below 2..31; got 0"),
+        (dict(strides=(1, 2**31)), "got 2147483648 and 1 in spatial dimension 1"),
+        (dict(dilations=(2**62, 1)), "must be positive and below 2..31; got 1 and 4611686018"),
+        (dict(explicit_paddings=(0, 0, 2**62, 0)), "explicit_paddings must be from 0 to 2..31 - 1"),
+    ],
+)
+def test_attributes_out_of_range(attributes, message):
+    defaults = dict(strides=(1, 1), dilations=(1, 1), explicit_paddings=(0,) * 4)
+    with pytest.raises(Exception, match=message):
+        lib.dfp_conv(
+            x=np.ones((1, 6, 6, 2), np.int16), x_exponent=np.int32(0), x_token=TOKEN,
+            w=np.ones((5, 1, 2, 2), np.int16), w_exponent=np.int32(0), w_token=TOKEN,
+            padding="EXPLICIT", depthwise=False, n_statistics=0, **defaults | attributes,
+        )  # fmt: skip
+
+
+def test_strides_far_beyond_the_image():
+    case = Case((6, 5), (2, 3), 2, 3, strides=(2**31 - 1, 2**31 - 2))
+    check_conv(case, np.random.default_rng(0), 14, 14, 14, "exact", "random")
+
+
 @pytest.mark.parametrize("e", [-200, -163, -149, -140, -12, 0, 100, 121, 2**31 - 1, -(2**31)])
 def test_dequantize(e):
     q = np.array([0, 1, -1, 3, 8191, -8191, 32767, -32767], np.int16)
@@ -116,6 +141,8 @@ def test_quantize_takes_one_exponent_and_one_step():
         lib.dfp_quantize(x=np.ones(4, np.float32), exponent=[np.int32(1)] * 200, step=[])
     with pytest.raises(Exception, match="scalar"):
         lib.dfp_quantize(x=np.ones(4, np.float32), exponent=[np.int32([1, 2])], step=[])
+    with pytest.raises(Exception, match="at most one scalar"):
+        lib.dfp_quantize(x=np.ones(4, np.float32), exponent=[np.int32(1), np.int32(-5)], step=[])
 
 
 def test_quantize_does_not_depend_on_flush_modes():
@@ -140,10 +167,10 @@ def check_matmul(rng, batch, m, k, n, a_bits, b_bits, accumulation, kind, ea=-3,
     for transpose_a in (False, True):
         for transpose_b in (False, True):
             y = lib.dfp_matmul(
-                a=np.swapaxes(a, -1, -2) if transpose_a else a,
+                a=guarded(np.swapaxes(a, -1, -2) if transpose_a else a),
                 a_exponent=np.int32(ea),
                 a_token=TOKEN,
-                b=np.swapaxes(b, -1, -2) if transpose_b else b,
+                b=guarded(np.swapaxes(b, -1, -2) if transpose_b else b),
                 b_exponent=np.int32(eb),
                 b_token=TOKEN,
                 transpose_a=transpose_a,
@@ -185,7 +212,7 @@ def test_matmul(isa, accumulation, batch, m, k, n):
         (2, (14, 16), "extreme"),
         (1, (8, 15), "signs"),
     ]:
-        extension.set_threads(threads)
+        extension.set_threads(threads, small=0)
         check_matmul(rng, batch, m, k, n, a_bits, b_bits, accumulation, kind)
 
 
@@ -195,6 +222,9 @@ def test_matmul_chain_of_odd_length(isa):
     extension.set_isa(isa)
     for kind in ("extreme", "random"):
         check_matmul(np.random.default_rng(0), (), 2, 70_001, 3, 9, 9, "spill", kind)
+        # A lies as the kernels read it, and the last chain is odd.
+        check_matmul(np.random.default_rng(0), (), 2, 33_026, 3, 9, 9, "spill", kind)
+        check_matmul(np.random.default_rng(0), (), 9, 514, 3, 9, 16, "spill", kind)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -307,6 +337,8 @@ CASES = {
     "3d dilated": Case((5, 5, 5), (2, 2, 3), 2, 3, dilations=(2, 1, 2)),
     "groups": Case((6, 6), (3, 3), 8, 12, groups=4, padding="same"),
     "odd groups": Case((6, 6), (3, 3), 9, 6, (2, 2), groups=3, padding="same"),
+    "one channel": Case((9, 8), (3, 3), 1, 6, padding="same"),
+    "one channel, many filters": Case((9, 8), (3, 2), 1, 40, (2, 1)),
     "one channel a group": Case((6, 6), (3, 3), 6, 12, groups=6, padding="same"),
     "1x1 groups": Case((5, 4), (1, 1), 8, 8, groups=2),
     "depthwise": Case((7, 6), (3, 3), 40, 1, depthwise=True, padding="same"),
@@ -346,7 +378,7 @@ def test_conv(isa, accumulation, name):
     extension.set_isa(isa)
     rng = np.random.default_rng(len(name))
     for i, (x_bits, w_bits, dy_bits, kind) in enumerate(FORMATS):
-        extension.set_threads(1 + i % 2)
+        extension.set_threads(1 + i % 2, small=0)
         check_conv(CASES[name], rng, x_bits, w_bits, dy_bits, accumulation, kind)
 
 

@@ -127,7 +127,7 @@ def test_ops_that_tensorflow_runs_at_once():
         token = tf.zeros([0])
         return [lib.dfp_matmul(a[i], e[0], token, b[i], e[1], token) for i in range(8)]
 
-    with running(extension.isa(), 2):
+    with running(extension.isa(), 2, small=0):
         for _ in range(20):
             results = all_of_them(tf.constant(a), tf.constant(b))
             for result, truth in zip(results, expected, strict=True):

@@ -4,6 +4,7 @@
 cdef enum:
     MAX_RANK = 16
     MAX_HELD = 16
+    MOST = 2147483647       # of a kernel's size, stride, dilation or padding: products of two fit
 
 cdef struct Shape:
     int rank

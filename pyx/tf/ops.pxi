@@ -123,7 +123,7 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     cdef Quantize z
     cdef Shape shape
     cdef Shape other
-    cdef int i, n
+    cdef int i, n, exponents = 0, steps = 0
     cdef void* data
     cdef int32_t* e = NULL
     open_call(&c, "DfpQuantize", context)
@@ -134,17 +134,21 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     # Both lists are optional and hold at most one scalar; what they are is seen by their type, and
     # an exponent (int32) comes before a step (int64).
     n = tf.NumInputs(context)
-    if n > 3:
-        fail(&c, "exponent and step must hold at most one scalar each")
-    for i in range(1, min(n, 3)):
+    for i in range(1, n):
+        if exponents > 1 or steps > 1:
+            break
         data = get_input(&c, i, "exponent or step", &other)
         if ok(&c) and other.rank != 0:
             fail(&c, "exponent and step must be scalars")
         if ok(&c):
             if tf.TensorType(c.held[c.held_count - 1]) == TF_INT32:
                 z.given, z.exponent = True, (<int32_t*>data)[0]
+                exponents += 1
             else:
                 z.step = <uint64_t>(<int64_t*>data)[0]
+                steps += 1
+    if exponents > 1 or steps > 1:
+        fail(&c, "exponent and step must hold at most one scalar each")
     if ok(&c):
         z.n = elements(shape.dim, shape.rank)
         z.q = <int16_t*>set_output(&c, 0, TF_INT16, shape.dim, shape.rank)
@@ -291,12 +295,13 @@ cdef void* conv_create_with(TF_OpKernelConstruction* k, const char* a_bits, cons
             snprintf(text, sizeof(text), "n_statistics must be 0 or 4; got %lld",
                      <long long>a.n_statistics)
         for i in range(a.rank):
-            if a.stride[i] < 1 or a.dilation[i] < 1:
-                snprintf(text, sizeof(text), "strides and dilations must be positive; got %lld and "
-                         "%lld in spatial dimension %d", <long long>a.stride[i],
-                         <long long>a.dilation[i], i)
-            if a.padding == EXPLICIT and (a.explicit[2 * i] < 0 or a.explicit[2 * i + 1] < 0):
-                snprintf(text, sizeof(text), "explicit_paddings must not be negative")
+            if not (1 <= a.stride[i] <= MOST and 1 <= a.dilation[i] <= MOST):
+                snprintf(text, sizeof(text), "strides and dilations must be positive and below "
+                         "2**31; got %lld and %lld in spatial dimension %d",
+                         <long long>a.stride[i], <long long>a.dilation[i], i)
+            if a.padding == EXPLICIT and not (0 <= a.explicit[2 * i] <= MOST
+                                              and 0 <= a.explicit[2 * i + 1] <= MOST):
+                snprintf(text, sizeof(text), "explicit_paddings must be from 0 to 2**31 - 1")
         if text[0]:
             tf.SetStatus(st, TF_INVALID_ARGUMENT, text)
     finish_create(k, st)
@@ -357,8 +362,9 @@ cdef void conv_geometry(Call* c, const Attrs* t, const Shape* x, const Shape* w,
         d = 3 - n + i
         v.input[d], v.kernel[d] = x.dim[i + 1], w.dim[i]
         v.stride[d], v.dilation[d] = t.stride[i], t.dilation[i]
-        if v.kernel[d] < 1:
-            fail_shapes(c, "the kernel must not be empty", "input", x, "kernel", w)
+        if not 1 <= v.kernel[d] <= MOST:
+            fail_shapes(c, "the kernel must not be empty, nor reach over 2**31 pixels", "input", x,
+                        "kernel", w)
             return
         reach = (v.kernel[d] - 1) * v.dilation[d] + 1
         if t.padding == SAME:
@@ -426,7 +432,7 @@ cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* 
     v.exponent = add_exponents(ea, eb)
     if v.batch * volume(v.output) == 0 or v.channels == 0 or v.filters == 0:
         memset(out, 0, n * sizeof(float))
-    elif by_channel(v):
+    elif by_channel(v, which):
         depthwise_plan(&z, v, which, a, b, out)
         scratch = get_scratch(c, depthwise_bytes(&z))
         if ok(c):
