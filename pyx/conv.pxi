@@ -115,7 +115,8 @@ cdef void input_gradient_plan(const Conv* v, Gemm* g, const int64_t* phase, cons
     for i in range(3):
         jump = v.stride[i] // gcd(v.stride[i], v.dilation[i])
         first = 0
-        while first < min(jump, v.kernel[i]) and (phase[i] + v.pad[i] - first * v.dilation[i]) % v.stride[i]:
+        while (first < min(jump, v.kernel[i])
+               and (phase[i] + v.pad[i] - first * v.dilation[i]) % v.stride[i]):
             first += 1
         reach = phase[i] + v.pad[i] - first * v.dilation[i]
         a.positions[i] = (v.input[i] - phase[i] + v.stride[i] - 1) // v.stride[i]

@@ -1,10 +1,11 @@
 """Every kernel on every instruction set, compared with the contract bit for bit."""
 
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import ISAS, TOKEN, Case, assert_same_bits, guarded, mantissas
+from kernels import ISAS, TOKEN, Case, assert_same_bits, guarded, mantissas, running
 
 from keras_dfp import reference
 from keras_dfp.native import extension, lib
@@ -444,3 +445,33 @@ def test_statistics_of_nan_and_infinity(isa):
         stated = reference.channel_statistics(y.numpy())
         for value, expected in zip(statistics, stated.values(), strict=True):
             np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_statistics_of_several_blocks(isa, threads):
+    rng = np.random.default_rng(0)
+    x, w = mantissas(rng, (2, 64, 63, 3), 14), mantissas(rng, (1, 1, 3, 50), 14)
+    with running(isa, threads, small=0):
+        y, statistics = lib.dfp_conv(
+            x=x, x_exponent=np.int32(-9), x_token=TOKEN, w=w, w_exponent=np.int32(-8),
+            w_token=TOKEN, n_statistics=4, strides=(1, 1), dilations=(1, 1),
+        )  # fmt: skip
+    stated = reference.channel_statistics(y.numpy())
+    for value, expected in zip(statistics, stated.values(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("accumulation", ["exact", "spill"])
+def test_matmul_results_beyond_the_caches(isa, accumulation):
+    """Large enough, and aligned, to be stored past them."""
+    rng = np.random.default_rng(0)
+    a, b = mantissas(rng, (65_601, 5), 14), mantissas(rng, (5, 64), 14)
+    expected = oracle.matmul(a, b, -12, (14, 14), accumulation)
+    with running(isa, 2):
+        y = lib.dfp_matmul(
+            a=a, a_exponent=np.int32(-3), a_token=TOKEN, b=b, b_exponent=np.int32(-9),
+            b_token=TOKEN, accumulation=accumulation,
+        )  # fmt: skip
+    assert_same_bits(y, expected)

@@ -41,7 +41,7 @@
         lo = V_AND(lo, V_SET1(65535));                                           \
     } while (0)
 
-/* hi * 2**16 + lo = u * 2**24 + r with |u| <= 2**24 and 0 <= r < 2**24: both convert exactly, and
+/* hi * 2**16 + lo = u * 2**24 + r with |u| <= 2**23 and 0 <= r < 2**24: both convert exactly, and
  * the fused multiply-add rounds once. */
 #define F_ROUND(hi, lo)                                                          \
     F_FMA(F_FROM(V_SRA(hi, 8)), F_SET1(16777216.0f),                             \

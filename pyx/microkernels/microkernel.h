@@ -6,7 +6,8 @@
  *
  *   A    row i, pair p (products 2p and 2p+1): a[i * row_stride + p * pair_stride + {0, 1}].
  *        Only `rows` rows exist; a microkernel reads row rows-1 in place of the missing ones.
- *   B    panel [pairs][nr][2], 64-byte aligned, zeros where K is odd or columns are missing.
+ *   B    panel [pairs][nr][2], aligned to 4 * nr bytes (64 at most), zeros where K is odd or
+ *        columns are missing.
  *   K    `pairs` is a multiple of `segment`; chains restart at every segment (kernel positions in
  *        spill mode), and within one they are `chain` pairs long, the last one perhaps shorter.
  *        |sum of a chain| <= 2**31 - 1 - 65535 in exact mode, 2**31 - 1 in spill mode.
@@ -96,16 +97,15 @@ typedef struct {
  *        planes h, l; sums hh, hl + lh, ll;
  *
  * and sum q q' = 2**2d hh + 2**d (hl + lh) + ll. K is cut into steps of 64 products. Within a step
- * products lie in an order of the kernel's own, the same in every plane it packs.
+ * products lie in an order of the kernel's own where they come from lines of the data, and as they
+ * come where they are its rows (`natural`): the same in every plane, of A and of B.
  *
  *   line     64 bytes: the digits of one row of A in one step.
  *   A        line r of step s of plane p: a + p * a_plane + a_step[s] + 64 * r.
  *   B        groups of four products, [16 columns][4 products]: half h of the 32 columns, group g
  *            of step s of plane p: b + p * b_plane + s * b_step + h * b_half + 64 * g.
  *   sums     [3][32][32] int32, no longer than 131072 (3) or 32768 (4) products: none overflows.
- *
- * Within a step, products lie in the kernel's own order where they come from lines of the data,
- * and as they come where they are its rows (`natural`); A and B must agree. */
+ */
 enum {
     DFP_DIGIT_TILE = 32,        /* rows, and columns, of a tile of C */
     DFP_DIGIT_STEP = 64,
