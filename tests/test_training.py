@@ -589,7 +589,7 @@ def command(*arguments):
 @pytest.mark.parametrize("name", ["lenet", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_resume_after_kill_9_changes_no_bit(name, tmp_path):
     """One has dropout, random layers, Adam; the other batch norm, decay, momentum, files."""
-    data, options = "digits", ["--steps", 60]
+    data, options = "digits", ["--steps", 150]
     if name == "resnet20":
         data, options = tmp_path / "images", ["--steps", 16, "--batch-size", 8]
         class_folders(data, 14)

@@ -290,7 +290,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     Of more than three policies only the first has its band. A run that diverged is a dotted line.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -317,18 +317,23 @@ def plot(results: Sequence[Result], path: Path) -> None:
                 ".",
             ),
         ):
-            axes.plot(x, np.mean(curves, axis=0), color=color, marker=marker)
+            low, mean, high = (f(curves, axis=0) for f in (np.min, np.mean, np.max))
+            if len(x) == 1:
+                # A band has no width here.
+                axes.errorbar(number, mean, (mean - low, high - mean), color=color, fmt="o")
+                continue
+            axes.plot(x, mean, color=color, marker=marker)
             if number == 0 or len(policies) <= 3:
-                axes.fill_between(
-                    x, np.min(curves, axis=0), np.max(curves, axis=0), color=color, alpha=0.2, lw=0
-                )
+                axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     loss.set(title="Training loss", xlabel="step", yscale="log")
     loss.yaxis.set_major_formatter("{x:g}")
     # Numbers between the powers of ten where few of those are.
     loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    epochs = max(1, *(len(result.history) for result in results))
-    accuracy.set(title="Test accuracy (top-1)", xlabel="epoch", xlim=(0.5, epochs + 0.5))
-    accuracy.xaxis.get_major_locator().set_params(integer=True)
+    accuracy.set(title="Test accuracy (top-1)", xticks=[])
+    epochs = max(len(result.history) for result in results)
+    if epochs > 1:
+        accuracy.set(xlabel="epoch", xlim=(0.5, epochs + 0.5))
+        accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
     handles, labels = loss.get_legend_handles_labels()

@@ -67,7 +67,7 @@ def build(
 
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     x = layers.Dropout(0.4, name="drop")(x)
-    outputs = layers.Dense(classes, activation=classifier_activation, name="predictions")(x)
+    outputs = dense(x, classes, activation=classifier_activation, name="predictions")
     if auxiliary:
         outputs = [
             outputs,
@@ -101,9 +101,9 @@ def classifier(
     x = layers.AveragePooling2D(min(5, *x.shape[1:3]), strides=3, name=f"{name}_pool")(x)
     x = convolution(x, 128, 1, name=f"{name}_conv")
     x = layers.Flatten(name=f"{name}_flatten")(x)
-    x = layers.Dense(1024, activation="relu", name=f"{name}_fc")(x)
+    x = dense(x, 1024, activation="relu", bias_initializer=bias(), name=f"{name}_fc")
     x = layers.Dropout(0.7, name=f"{name}_drop")(x)
-    return layers.Dense(classes, activation=activation, name=name)(x)
+    return dense(x, classes, activation=activation, name=name)
 
 
 def convolution(x: keras.KerasTensor, filters: int, size: int, **options) -> keras.KerasTensor:
@@ -112,9 +112,19 @@ def convolution(x: keras.KerasTensor, filters: int, size: int, **options) -> ker
         size,
         padding="same",
         activation="relu",
-        bias_initializer=keras.initializers.Constant(0.2),
+        kernel_initializer="lecun_uniform",
+        bias_initializer=bias(),
         **options,
     )(x)
+
+
+def dense(x: keras.KerasTensor, units: int, **options) -> keras.KerasTensor:
+    # Caffe's "xavier" counts a kernel's inputs only, unlike Glorot's.
+    return layers.Dense(units, kernel_initializer="lecun_uniform", **options)(x)
+
+
+def bias() -> keras.initializers.Initializer:
+    return keras.initializers.Constant(0.2)
 
 
 def pooling(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
