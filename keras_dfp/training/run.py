@@ -248,7 +248,7 @@ class Run:
         """Tests, and adds the epoch to the history."""
         progress, schedule = self.progress, self.settings.recipe.schedule
         test = network.evaluate(self._test_step, self.test, interrupted)
-        if not np.isfinite(test["loss"]):
+        if np.isnan(test["loss"]):
             progress.diverged = progress.step
             return
         loss, top1, top5, images, seconds = progress.sums
