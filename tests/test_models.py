@@ -82,7 +82,7 @@ def case(name, mode, *marks):
 @pytest.mark.parametrize(
     ("name", "run_eagerly"),
     [
-        case("ResNet50", "graph"),
+        case("ResNet50", "graph", pytest.mark.slow),
         case("MobileNetV2", "eager"),
         case("MobileNetV2", "graph", pytest.mark.slow),
         case("EfficientNetB0", "eager"),
