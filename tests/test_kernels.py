@@ -431,6 +431,16 @@ def test_depthwise_results_beyond_the_caches(isa, strides):
     check_conv(case, np.random.default_rng(1), 14, 14, 14, "exact", "random")
 
 
+def check_statistics(x, x_exponent, w, w_exponent):
+    y, statistics = lib.dfp_conv(
+        x=x, x_exponent=np.int32(x_exponent), x_token=TOKEN, w=w, w_exponent=np.int32(w_exponent),
+        w_token=TOKEN, n_statistics=4, strides=(1, 1), dilations=(1, 1),
+    )  # fmt: skip
+    stated = reference.channel_statistics(y.numpy())
+    for value, expected in zip(statistics, stated.values(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_statistics_of_nan_and_infinity(isa):
     extension.set_isa(isa)
@@ -438,13 +448,7 @@ def test_statistics_of_nan_and_infinity(isa):
     x[1, 2, 0, :40] = 8191
     w = np.eye(41, dtype=np.int16)[np.newaxis, np.newaxis]
     for exponent in (-(2**31), 120, 0):
-        y, statistics = lib.dfp_conv(
-            x=x, x_exponent=np.int32(exponent), x_token=TOKEN, w=w, w_exponent=np.int32(0),
-            w_token=TOKEN, n_statistics=4, strides=(1, 1), dilations=(1, 1),
-        )  # fmt: skip
-        stated = reference.channel_statistics(y.numpy())
-        for value, expected in zip(statistics, stated.values(), strict=True):
-            np.testing.assert_array_equal(value, expected)
+        check_statistics(x, exponent, w, 0)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -453,13 +457,7 @@ def test_statistics_of_several_blocks(isa, threads):
     rng = np.random.default_rng(0)
     x, w = mantissas(rng, (2, 64, 63, 3), 14), mantissas(rng, (1, 1, 3, 50), 14)
     with running(isa, threads, small=0):
-        y, statistics = lib.dfp_conv(
-            x=x, x_exponent=np.int32(-9), x_token=TOKEN, w=w, w_exponent=np.int32(-8),
-            w_token=TOKEN, n_statistics=4, strides=(1, 1), dilations=(1, 1),
-        )  # fmt: skip
-    stated = reference.channel_statistics(y.numpy())
-    for value, expected in zip(statistics, stated.values(), strict=True):
-        np.testing.assert_array_equal(value, expected)
+        check_statistics(x, -9, w, -8)
 
 
 @pytest.mark.parametrize("isa", ISAS)

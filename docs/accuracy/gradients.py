@@ -13,6 +13,7 @@ Norms of expectations are estimated without a bias of their own, from products o
 an estimate of a square that came out below zero is printed as 0.
 """
 
+import itertools
 from pathlib import Path
 
 import click
@@ -31,23 +32,18 @@ from keras_dfp.training.run import load
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--policy", default="dfp16", show_default=True)
 @click.option("--batches", type=click.IntRange(min=2), default=200, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), help="[default: the run's]")
-def main(run: Path, policy: str, batches: int, batch_size: int | None) -> None:
+def main(run: Path, policy: str, batches: int) -> None:
     settings, model = load(run, policy="float32")
     exact, rounded = gradients_of(model), gradients_of(load(run, policy=policy)[1])
     source, _ = settings.find_data()
     pipeline = Pipeline(
-        source,
-        settings.recipe.images,
-        batch_size or settings.batch_size,
-        zoo.preprocessing(settings.network),
+        source, settings.recipe.images, settings.batch_size, zoo.preprocessing(settings.network)
     )
     batches = min(batches, pipeline.steps)
     kernels = [weight for weight in model.trainable_variables if network.is_kernel(weight)]
     moments = [Moments() for _ in kernels]
-    for _, batch in zip(
-        tqdm(range(batches), disable=None), pipeline.training(seed=0, epoch=0), strict=False
-    ):
+    some = itertools.islice(pipeline.training(seed=0, epoch=0), batches)
+    for batch in tqdm(some, total=batches, disable=None):
         for moment, g, other in zip(moments, exact(*batch), rounded(*batch), strict=True):
             # Auxiliary classifiers have no part in the loss.
             if g is not None:

@@ -94,11 +94,7 @@ def kept(
         return {}
     try:
         content = json.loads(path.read_text())
-        different = settings.differences(content["settings"], ("policy", "seed")) + [
-            f"not the same {key}"
-            for key, value in settings.facts(data).items()
-            if content[key] != value
-        ]
+        different = settings.differences(content, settings.facts(data), ("policy", "seed"))
         results = [
             Result(**{**each, "steps": each["losses"]["steps"], "losses": each["losses"]["means"]})
             for each in content["runs"]

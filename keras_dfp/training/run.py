@@ -201,10 +201,7 @@ class Run:
         if not resume:
             raise RunError(f"{self.folder} holds a run already.")
         known = read(self.folder)
-        different = self.settings.differences(known["settings"]) + [
-            f"not the same {key}" for key, value in model.items() if known.get(key) != value
-        ]
-        if different:
+        if different := self.settings.differences(known, model):
             raise RunError(f"{self.folder} holds another run: {'; '.join(different)}.")
         if (self.folder / "checkpoint.npz").exists():
             state = checkpoint.load(

@@ -64,19 +64,24 @@ class Settings:
             input_size=self.input_size or recipe.images.crop,
         )
 
-    def differences(self, known: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
-        """Returns, in words, what a file says that these (resolved) settings do not.
+    def differences(
+        self, known: dict[str, Any], facts: dict[str, Any], ignore: Sequence[str] = ()
+    ) -> list[str]:
+        """Returns, in words, what a file says that these (resolved) settings and facts do not.
 
         Args:
-            known: The settings in the file. Where their data were does not matter: the same images
-                may lie elsewhere now. Nor does what was to be done about unreadable images.
+            known: What the file holds: `settings`, and facts beside them. Where the data were does
+                not matter: the same images may lie elsewhere now. Nor does what was to be done
+                about unreadable images.
+            facts: What `facts` returns, and more of the kind.
             ignore: Other settings that do not matter.
         """
+        settings = known["settings"]
         return [
-            f"{key} is {known.get(key)}, not {value}"
+            f"{key} is {settings.get(key)}, not {value}"
             for key, value in dataclasses.asdict(self).items()
-            if key not in ("data", "skip_bad", *ignore) and known.get(key) != value
-        ]
+            if key not in ("data", "skip_bad", *ignore) and settings.get(key) != value
+        ] + [f"not the same {key}" for key, value in facts.items() if known.get(key) != value]
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -117,12 +122,7 @@ class Settings:
         Raises:
             DataError: If the data are not there or not right.
         """
-        return sources.find(
-            self.data,
-            channels=len(self.recipe.images.mean),
-            classes=self.classes,
-            holdout=self.holdout,
-        )
+        return sources.find(self.data, **self._source_options)
 
     def find_test_data(self) -> sources.Source:
         """Returns what to test on, without a look at what there is to train on.
@@ -130,9 +130,12 @@ class Settings:
         Raises:
             DataError: If the data are not there or not right.
         """
-        return sources.find_test(
-            self.data,
-            channels=len(self.recipe.images.mean),
-            classes=self.classes,
-            holdout=self.holdout,
-        )
+        return sources.find_test(self.data, **self._source_options)
+
+    @property
+    def _source_options(self) -> dict[str, Any]:
+        return {
+            "channels": len(self.recipe.images.mean),
+            "classes": self.classes,
+            "holdout": self.holdout,
+        }

@@ -223,7 +223,8 @@ def find(
     train = parts.pop("train")()
     if not parts:
         return _split(train, holdout)
-    part, test = next((part, source()) for part, source in parts.items())
+    part, open_test = next(iter(parts.items()))
+    test = open_test()
     if list(test.classes) != list(train.classes):
         only = [
             f"only in {where}: {', '.join(sorted(a - b))}"
@@ -237,22 +238,21 @@ def find(
     return train, test
 
 
-def find_test(data: str, **options) -> Source:
+def find_test(data: str, *, channels: int = 3, classes: int = 1000, holdout: float = 0.1) -> Source:
     """Returns what `find` tests on. Where that is a part of its own, there may be no other.
 
     Args:
-        data: As for `find`.
-        **options: As for `find`.
+        data, channels, classes, holdout: As for `find`.
 
     Raises:
         DataError: If there are no such data.
     """
     if data != "digits":
-        parts = _parts(Path(data), options.get("channels", 3), options.get("classes", 1000))
+        parts = _parts(Path(data), channels, classes)
         for part in TEST_FOLDERS:
             if part in parts:
                 return parts[part]()
-    return find(data, **options)[1]
+    return find(data, channels=channels, classes=classes, holdout=holdout)[1]
 
 
 def digits() -> tuple[Source, Source]:
