@@ -286,7 +286,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     Of more than three policies only the first has its band. A run that diverged is a dotted line.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -322,9 +322,10 @@ def plot(results: Sequence[Result], path: Path) -> None:
             if number == 0 or len(policies) <= 3:
                 axes.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     loss.set(title="Training loss", xlabel="step", yscale="log")
+    # A loss often stays within one power of ten.
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     loss.yaxis.set_major_formatter("{x:g}")
-    # Numbers between the powers of ten where few of those are.
-    loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    loss.yaxis.set_minor_formatter(NullFormatter())
     accuracy.set(title="Test accuracy (top-1)", xticks=[])
     epochs = max(len(result.history) for result in results)
     if epochs > 1:
