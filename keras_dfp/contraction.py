@@ -11,19 +11,34 @@ Transposed to [batch, free, summed] and [batch, summed, free] and flattened, the
 right. An axis to be broadcast costs nothing where its size 1 is known while tracing: without that
 axis, the other tensor's is free. Otherwise, and where a label is summed in one tensor alone, the
 tensor that lacks the elements repeats them, which keeps the sum one exact dot product.
+
+A tensor has an exponent for every index of its leading axes that are not summed over: of a batch of
+sequences [batch, time, features] that is multiplied by a kernel, every step of every sample has its
+own. They follow the rows of the matrix that the tensor becomes.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import string
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import tensorflow as tf
 
 from keras_dfp.native import Matmul
 from keras_dfp.number import DFPFormat
-from keras_dfp.product import Size, View, attributes, check_size, multiply, reshape, sizes, total
+from keras_dfp.product import (
+    Size,
+    View,
+    attributes,
+    check_size,
+    has_groups,
+    multiply,
+    reshape,
+    sizes,
+    total,
+)
 
 Label = Hashable
 
@@ -40,6 +55,7 @@ class _Side:
         self.dropped: list[Label] = []
         self.added: list[Label] = []
         self.stretched: list[Label] = []
+        self.grouped: list[Label] = []
 
     def known(self, label: Label) -> int | None:
         return self.x.shape[self.axes.index(label)]
@@ -52,8 +68,39 @@ class _Side:
         self.labels.append(label)
         self.added.append(label)
 
-    def view(self, groups: Sequence[Sequence[Label]], size) -> View:
-        """Lays the tensor out as one axis per group of labels."""
+    def group(self, out: Collection[Label]):
+        """Gives the leading axes that are in the output exponents of their own."""
+        self.grouped = list(itertools.takewhile(lambda label: label in out, self.axes))
+
+    def arrangement(self, rows: Sequence[Label], size) -> Callable | None:
+        """Returns the function that brings the exponents in the order of rows with these labels.
+
+        They may be fewer than the rows, if all rows that follow each other share them.
+        """
+        kept = [label for label in self.grouped if label not in self.dropped]
+        stretched = [label for label in kept if label in self.stretched]
+        if kept == list(rows[: len(kept)]) and not stretched:
+            return None
+        whole = rows[: max(rows.index(label) for label in kept) + 1]
+
+        def arrange(exponent):
+            order = [self.grouped.index(label) for label in self.dropped if label in self.grouped]
+            order += [self.grouped.index(label) for label in whole if label in kept]
+            exponent = tf.transpose(exponent, order)
+            own = iter(sizes(exponent)[len(order) - len(kept) :])
+            exponent = reshape(exponent, [next(own) if label in kept else 1 for label in whole])
+            return tf.broadcast_to(exponent, [size(label) for label in whole])
+
+        return arrange
+
+    def view(self, groups: Sequence[Sequence[Label]], rows: Sequence[Label], size) -> View:
+        """Lays the tensor out as one axis per group of labels.
+
+        Args:
+            groups: The groups.
+            rows: The labels of all axes that are not summed over, in their order.
+            size: Returns the size of a label.
+        """
         axes = self.axes + self.added
         order = self.dropped + [label for group in groups for label in group]
         shape = None
@@ -71,7 +118,15 @@ class _Side:
                 ]
                 return tf.broadcast_to(reshape(x, own) if self.added else x, full)
 
-        return View(self.x, self.tensor_id, [axes.index(label) for label in order], shape, expand)
+        return View(
+            self.x,
+            self.tensor_id,
+            [axes.index(label) for label in order],
+            shape,
+            expand,
+            len(self.grouped),
+            self.arrangement(rows, size),
+        )
 
 
 def contract(
@@ -112,6 +167,10 @@ def contract(
             if label not in out and label not in other.labels:
                 other.add(label)
 
+    for side in (a, b):
+        if has_groups(fmt, side.x):
+            side.group(out)
+
     @functools.cache
     def size(label: Label) -> Size:
         return _size(a, b, label)
@@ -127,6 +186,8 @@ def contract(
         a, b, free_a, free_b, result = b, a, free_b, free_a, list(out)
     transpose_a = a.labels == [*batch, *summed, *free_a] != [*batch, *free_a, *summed]
     transpose_b = b.labels == [*batch, *free_b, *summed] != [*batch, *summed, *free_b]
+    # Exponents belong to rows, and columns are rows of the transpose.
+    transpose_b = transpose_b or any(label in free_b for label in b.grouped)
 
     def groups(*pair):
         return [batch, *pair] if batch else list(pair)
@@ -147,8 +208,12 @@ def contract(
         op,
         fmt,
         Matmul(attrs),
-        a.view(groups(summed, free_a) if transpose_a else groups(free_a, summed), size),
-        b.view(groups(free_b, summed) if transpose_b else groups(summed, free_b), size),
+        a.view(
+            groups(summed, free_a) if transpose_a else groups(free_a, summed), batch + free_a, size
+        ),
+        b.view(
+            groups(free_b, summed) if transpose_b else groups(summed, free_b), batch + free_b, size
+        ),
     )
     if any(len(group) != 1 for group in groups(free_a, free_b)):
         y = reshape(y, [size(label) for label in result])

@@ -10,7 +10,15 @@ import tensorflow as tf
 
 from keras_dfp.native import Conv, ConvInputGradient, Sizes
 from keras_dfp.number import DFPFormat
-from keras_dfp.product import View, as_float32, attributes, check_size, multiply, sizes
+from keras_dfp.product import (
+    View,
+    as_float32,
+    attributes,
+    check_size,
+    has_groups,
+    multiply,
+    sizes,
+)
 
 
 def channels_last(op: str, data_format: str | None) -> bool:
@@ -160,7 +168,9 @@ class Convolution:
         )
 
     def _multiply(self, product) -> tf.Tensor:
-        inputs, kernel = View(self.inputs, 0, self.perm), View(self.kernel, 1)
+        # Every sample has an exponent; the sums run over the kernel's leading axes.
+        groups = int(has_groups(self.fmt, self.inputs))
+        inputs, kernel = View(self.inputs, 0, self.perm, group_axes=groups), View(self.kernel, 1)
         # The transposed convolution is a gradient op, and has its factors the other way round.
         factors = (inputs, kernel) if isinstance(product, Conv) else (kernel, inputs)
         y = multiply(self.op, self.fmt, product, *factors)

@@ -4,7 +4,7 @@ One file has two roles. `keras_dfp._native` registers its ops with TensorFlow wh
 an op library, and is an ordinary Python module besides; TensorFlow must see it first. After
 `import keras_dfp.native`, `lib.dfp_conv` and its kin are the raw ops and `extension` the module.
 
-Between ops a tensor travels as an `Operand`: int16 mantissas and an int32 exponent, which carry no
+Between ops a tensor travels as an `Operand`: int16 mantissas and int32 exponents, which carry no
 gradient in TensorFlow, and a token, which does. A token is an empty float32 tensor whose gradient
 is the full float32 gradient of the tensor that was quantised: kernels never read it, and it keeps
 nothing alive.
@@ -81,8 +81,19 @@ def follow_thread_setting():
         _threads = threads
 
 
+def _known(y, shape):
+    """Returns y; a graph is told its shape, which C shape functions cannot see in attributes."""
+    if not tf.executing_eagerly():
+        y.set_shape(shape)
+    return y
+
+
 class Operand(NamedTuple):
-    """A tensor as native ops take it: it stands for `q * 2**exponent`."""
+    """A tensor as native ops take it: it stands for `q * 2**exponent`.
+
+    There is one exponent, or one for each group of rows: as many as divide the rows (all axes of q
+    but the last; images, of a convolution's input), in order.
+    """
 
     q: tf.Tensor
     exponent: tf.Tensor
@@ -96,8 +107,13 @@ class Sizes(NamedTuple):
     known: tf.TensorShape
 
 
-def quantize(x, bits: int, rounding: str, tensor_id: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the mantissas and the exponent of `x`.
+def quantize(
+    x, bits: int, rounding: str, tensor_id: int, group_axes: int = 0, site: str = ""
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the mantissas of `x`, and exponents of the shape of its first `group_axes` axes.
+
+    With a `site`, the name of where this happens, a loss of much of a group is told to the handler
+    of `extension.set_loss_handler`.
 
     Stochastic rounding draws the `step` of its noise from TensorFlow's random numbers: no state to
     keep, save or distribute, and `keras.utils.set_random_seed` makes it repeatable.
@@ -105,9 +121,18 @@ def quantize(x, bits: int, rounding: str, tensor_id: int) -> tuple[tf.Tensor, tf
     step = []
     if rounding == "stochastic":
         step = [tf.random.uniform([], maxval=tf.int64.max, dtype=tf.int64)]
-    return lib.dfp_quantize(
-        x=x, exponent=[], step=step, mantissa_bits=bits, rounding=rounding, tensor_id=tensor_id
+    q, exponent, _ = lib.dfp_quantize(
+        x=x,
+        exponent=[],
+        step=step,
+        mantissa_bits=bits,
+        rounding=rounding,
+        tensor_id=tensor_id,
+        group_axes=group_axes,
+        site=site,
+        n_counts=0,
     )
+    return q, _known(exponent, x.shape[:group_axes])
 
 
 class Factor:
@@ -130,11 +155,12 @@ class Factor:
         return cls(operand.q, lambda: lib.dfp_dequantize(*operand), lambda: operand)
 
     @classmethod
-    def incoming(cls, dy, bits: int, rounding: str) -> Factor:
+    def incoming(cls, dy, bits: int, rounding: str, group_axes: int) -> Factor:
         """The gradient of an op's output: quantised once for all that reads it."""
 
         def operand():
-            return Operand(*quantize(dy, bits, rounding, tensor_id=2), lib.dfp_token(x=dy))
+            q, exponent = quantize(dy, bits, rounding, tensor_id=2, group_axes=group_axes)
+            return Operand(q, exponent, lib.dfp_token(x=dy))
 
         return cls(dy, lambda: dy, operand)
 
@@ -149,13 +175,6 @@ class Factor:
     @functools.cached_property
     def operand(self) -> Operand:
         return self._operand()
-
-
-def _known(y, shape):
-    """Returns y; a graph is told its shape, which C shape functions cannot see in attributes."""
-    if not tf.executing_eagerly():
-        y.set_shape(shape)
-    return y
 
 
 class Product:
@@ -179,6 +198,10 @@ class Product:
         """Returns the product of two float32 tensors, computed by stock TensorFlow."""
         raise NotImplementedError
 
+    def output_groups(self, dy) -> int:
+        """Returns how many leading axes of the output are samples, or rows of them."""
+        return 1
+
     def _backward(self, first: Factor, second: Factor, dy: Factor):
         """Returns, for each factor, the product that is its gradient, and what it multiplies."""
         raise NotImplementedError
@@ -187,7 +210,8 @@ class Product:
         """Returns the gradients of both factors, None where one is not wanted."""
         # A gather of the product's rows sends back IndexedSlices.
         dy = tf.convert_to_tensor(dy)
-        dy = Factor.incoming(dy, self.attrs[self.output_bits], self.attrs["rounding"])
+        groups = 0 if self.attrs["exponents"] == "tensor" else self.output_groups(dy)
+        dy = Factor.incoming(dy, self.attrs[self.output_bits], self.attrs["rounding"], groups)
         results = []
         for (product, a, b), mode, want in zip(
             self._backward(first, second, dy), self.modes, wanted, strict=True
@@ -244,7 +268,7 @@ def _attrs(op, names) -> dict:
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
 
 
-_SHARED = ("accumulation", "rounding", "input_gradient", "weight_gradient")
+_SHARED = ("accumulation", "rounding", "input_gradient", "weight_gradient", "exponents")
 
 
 class Matmul(Product):
@@ -259,6 +283,9 @@ class Matmul(Product):
         columns = second.q.shape[-2 if self.attrs["transpose_b"] else -1]
         batch = first.q.shape[:-2].merge_with(second.q.shape[:-2])
         return _known(y, [*batch, rows, columns])
+
+    def output_groups(self, dy):
+        return dy.shape.rank - 1
 
     def float32(self, first, second):
         attrs = self.attrs
@@ -359,6 +386,9 @@ class ConvFilterGradient(_Convolution):
     """The gradient dw of a convolution's kernel, of shape `sizes`, from x and dy."""
 
     output_bits = "w_bits"
+
+    def output_groups(self, dy):
+        return 0
 
     def dfp(self, first, second):
         y = lib.dfp_conv_backprop_filter(*first, self.sizes.tensor, *second, **self.attrs)

@@ -1,4 +1,4 @@
-"""The number format: dynamic fixed point, 16-bit mantissas and one shared exponent per tensor."""
+"""The number format: dynamic fixed point, 16-bit mantissas and shared exponents."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 MANTISSA_BITS = range(8, 17)
 ROUNDINGS = ("nearest", "truncate", "stochastic")
 ACCUMULATIONS = ("exact", "spill")
+EXPONENTS = ("sample", "tensor")
 PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 
-# The exponent of a tensor that held a NaN or an infinity: everything computed from it is NaN.
+# The exponent of a group that held a NaN or an infinity: everything computed from it is NaN.
 NAN_EXPONENT = -(2**31)
 
 
@@ -33,6 +34,9 @@ class DFPFormat:
             INT32 chains of a safe length, added in float32).
         products: Which of the products `"forward"`, `"input_gradient"` and `"weight_gradient"`
             run on integers; the others run in float32.
+        exponents: `"sample"`: an operand has an exponent for every index of its leading axes that
+            the product does not sum over (every row of a matrix, every image of a batch); or
+            `"tensor"`: it has one, as in the paper. Variables always have one.
 
     Raises:
         ValueError: If an argument is not one of the values above.
@@ -47,6 +51,7 @@ class DFPFormat:
     rounding: str = "nearest"
     accumulation: str = "exact"
     products: tuple[str, ...] = PRODUCTS
+    exponents: str = "sample"
 
     def __post_init__(self):
         bits = self.mantissa_bits
@@ -54,6 +59,7 @@ class DFPFormat:
             raise ValueError(f"mantissa_bits must be an integer from 8 to 16; got {bits!r}.")
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("accumulation", self.accumulation, ACCUMULATIONS)
+        _one_of("exponents", self.exponents, EXPONENTS)
         if isinstance(self.products, str):
             raise ValueError(
                 f"products must be a collection of names, such as ('forward',); got the string "
@@ -82,13 +88,14 @@ class DFPTensor:
 
     Args:
         mantissa: int16 array of any shape.
-        exponent: The exponent shared by all elements; -2**31 marks a tensor that held a NaN or
-            an infinity.
+        exponent: The exponent shared by all elements, an int; or int32 array, the exponent shared
+            by those with one index of the leading axes. -2**31 marks elements of which one was a
+            NaN or an infinity.
         mantissa_bits: Bits of a mantissa, sign included.
     """
 
     mantissa: np.ndarray
-    exponent: int
+    exponent: int | np.ndarray
     mantissa_bits: int = 14
 
     @property
@@ -100,12 +107,16 @@ class DFPTensor:
         from keras_dfp import native
 
         return native.lib.dfp_dequantize(
-            q=self.mantissa, e=np.int32(self.exponent), token=np.zeros(0, np.float32)
+            q=self.mantissa, e=np.asarray(self.exponent, np.int32), token=np.zeros(0, np.float32)
         ).numpy()
 
 
 def quantize(
-    x, mantissa_bits: int = 14, rounding: str = "nearest", seed: int | None = None
+    x,
+    mantissa_bits: int = 14,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    group_axes: int = 0,
 ) -> DFPTensor:
     """Quantises an array to dynamic fixed point.
 
@@ -119,13 +130,16 @@ def quantize(
         mantissa_bits: Bits of a mantissa, sign included, 8 to 16.
         rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
         seed: Seed of stochastic rounding; `None` means 0. The same seed gives the same result.
+        group_axes: How many leading axes of `x` have an exponent for each of their indices: with
+            1, every sample of a batch has its own; with 0, the array has one.
 
     Returns:
-        A `DFPTensor`. All zeros, or an empty array, have exponent 0; an array that holds a NaN or
-        an infinity has mantissas 0 and exponent -2**31, and everything computed from it is NaN.
+        A `DFPTensor`. Zeros have the exponent of the smallest float32; what shares an exponent
+        with a NaN or an infinity has mantissas 0 and exponent -2**31, and everything computed from
+        it is NaN.
 
     Raises:
-        ValueError: If `mantissa_bits` or `rounding` is not allowed.
+        ValueError: If `mantissa_bits`, `rounding` or `group_axes` is not allowed.
         TypeError: If `x` is float64 or another type that float32 does not hold exactly.
 
     Example:
@@ -138,15 +152,22 @@ def quantize(
 
     DFPFormat(mantissa_bits=mantissa_bits, rounding=rounding)
     native.follow_thread_setting()
+    x = _as_float32(x)
+    if not 0 <= group_axes <= x.ndim:
+        raise ValueError(
+            f"quantize: group_axes must be from 0 to the rank of x, {x.ndim}; got {group_axes!r}."
+        )
     q, e = native.lib.dfp_quantize(
-        x=_as_float32(x),
+        x=x,
         exponent=[],
         step=[],
         mantissa_bits=mantissa_bits,
         rounding=rounding,
         seed=int(seed or 0),
-    )
-    return DFPTensor(q.numpy(), int(e), mantissa_bits)
+        group_axes=group_axes,
+        n_counts=0,
+    )[:2]
+    return DFPTensor(q.numpy(), e.numpy() if group_axes else int(e), mantissa_bits)
 
 
 def _as_float32(x) -> np.ndarray:

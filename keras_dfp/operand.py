@@ -1,6 +1,6 @@
 """How a float32 tensor becomes the operand of a native op: once, wherever it is used.
 
-The mantissas and the exponent are remembered on the tensor they came from, so that all its
+The mantissas and the exponents are remembered on the tensor they came from, so that all its
 consumers share them. They are computed in the graph the tensor belongs to, and the graphs of
 loops, branches and functions inside it capture them. A token, which only exists to carry a
 gradient, is made anew for every consumer: it has to be in the consumer's own graph (TensorFlow
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import tensorflow as tf
 
@@ -32,6 +32,8 @@ def operand(
     *,
     tensor_id: int = 0,
     expand: Callable | None = None,
+    group_axes: int = 0,
+    arrange: Callable | None = None,
 ) -> Operand:
     """Quantises a tensor, or finds it quantised, and gives it a token.
 
@@ -42,13 +44,17 @@ def operand(
         tensor_id: Keeps apart the stochastic noise of the operands of one op.
         expand: A function that repeats elements of a tensor (say, `tf.broadcast_to`), applied
             before `perm`.
+        group_axes: How many leading axes of `x` have an exponent for each of their indices.
+        arrange: A function that brings these exponents into the order of the rows after `perm`.
 
     Returns:
         The operand. Its mantissas may be reshaped freely; the token takes a gradient of any shape
         with as many elements.
     """
     value = tf.convert_to_tensor(x)
-    q, exponent = _quantized(x, value, fmt.mantissa_bits, fmt.rounding, tensor_id)
+    q, exponent = _quantized(x, value, fmt.mantissa_bits, fmt.rounding, tensor_id, group_axes)
+    if arrange is not None:
+        exponent = arrange(exponent)
     if expand is not None:
         q, value = expand(q), expand(value)
     if perm:
@@ -76,21 +82,39 @@ class _Loop:
         self.quantized = {}
 
 
-def _quantized(x, value, bits, rounding, tensor_id):
-    """Returns q and exponent of `value`, which is `x` or what was read from the variable `x`."""
+@contextlib.contextmanager
+def site_scope(site: str, tensor_ids: Collection[int] = (0, 1)) -> Iterator[None]:
+    """Names the place where operands are quantised inside, for the warning of what they lose.
+
+    Args:
+        site: The name; empty for no warning.
+        tensor_ids: The operands that are looked at.
+    """
+    previous = getattr(_local, "site", ("", ()))
+    _local.site = site, tensor_ids
+    try:
+        yield
+    finally:
+        _local.site = previous
+
+
+def _quantized(x, value, bits, rounding, tensor_id, group_axes):
+    """Returns q and exponents of `value`, which is `x` or what was read from the variable `x`."""
+    name, tensor_ids = getattr(_local, "site", ("", ()))
+    how = bits, rounding, tensor_id, group_axes, name if tensor_id in tensor_ids else ""
     loop = getattr(_local, "loop", None)
     if isinstance(x, tf.Variable) and loop is not None and _encloses(loop.graph):
         known, key, graph = loop.quantized, (x.ref(), bits, rounding), loop.graph
     elif _encloses(graph := getattr(value, "graph", None)):
-        known, key = value.__dict__.setdefault("_dfp_operands", {}), (bits, rounding)
+        known, key = value.__dict__.setdefault("_dfp_operands", {}), (bits, rounding, group_axes)
     else:
         # The tensor is of a graph that this one does not lie in (a loop's gradient reads tensors
         # of the loop's body), or eager while this is a graph: TensorFlow captures it here.
-        return native.quantize(value, bits, rounding, tensor_id)
+        return native.quantize(value, *how)
     if key not in known:
         with contextlib.nullcontext() if graph is None else graph.as_default():
             source = x if isinstance(x, tf.Variable) else value
-            known[key] = native.quantize(source, bits, rounding, tensor_id)
+            known[key] = native.quantize(source, *how)
     return known[key]
 
 

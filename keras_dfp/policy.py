@@ -38,12 +38,15 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
             recipe of Das et al. (2018): `accumulation="spill"` always, and the first convolution
             and the last `Dense` layer stay FP32 (found in the order of the model's layers, the
             `Dense` among those of the first output, when the model is compiled or given to
-            `set_model_policy`).
+            `set_model_policy`), and every tensor has one exponent.
         mantissa_bits: Bits of a mantissa, sign included, 8 to 16.
         rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
         accumulation: `"exact"` or `"spill"`.
         products: Which of `"forward"`, `"input_gradient"` and `"weight_gradient"` run on
             integers; the others run in FP32.
+        exponents: `"sample"`: every sample (in matrix products, every row) has an exponent of its
+            own, so that its result does not depend on the other samples of its batch; or
+            `"tensor"`: one exponent for all of a tensor, as in the paper.
         exclude: Patterns of the layers that stay FP32.
         overrides: Dict from the pattern of a layer to what it has instead: a dict of the options
             above that differ, another DFPPolicy, `"dfp16"` or `"float32"`. The first pattern
@@ -73,6 +76,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         rounding: str = "nearest",
         accumulation: str = "exact",
         products: Iterable[str] = PRODUCTS,
+        exponents: str = "sample",
         exclude: Iterable[str] = (),
         overrides: Mapping[str, Any] | None = None,
     ):
@@ -84,6 +88,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
             mantissa_bits=mantissa_bits,
             rounding=rounding,
             accumulation="spill" if name == "dfp16_paper" else accumulation,
+            exponents="tensor" if name == "dfp16_paper" else exponents,
             products=products if isinstance(products, str) else tuple(products),
         )
         self.exclude = _patterns(exclude)

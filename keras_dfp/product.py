@@ -82,6 +82,8 @@ class View:
         perm: How to transpose; empty for not at all.
         shape: How to reshape; None for not at all.
         expand: A function that repeats elements, applied first.
+        group_axes: How many leading axes of `x` have an exponent for each of their indices.
+        arrange: A function that brings these exponents into the order of the rows laid out.
     """
 
     def __init__(
@@ -91,15 +93,27 @@ class View:
         perm: Sequence[int] = (),
         shape: Sequence[Size] | None = None,
         expand: Callable | None = None,
+        group_axes: int = 0,
+        arrange: Callable | None = None,
     ):
         self.x = x
         self.tensor_id = tensor_id
         self.perm = () if list(perm) == list(range(len(perm))) else tuple(perm)
         self.shape = shape
         self.expand = expand
+        self.group_axes = group_axes
+        self.arrange = arrange
 
     def operand(self, fmt: DFPFormat) -> Operand:
-        result = make_operand(self.x, fmt, self.perm, tensor_id=self.tensor_id, expand=self.expand)
+        result = make_operand(
+            self.x,
+            fmt,
+            self.perm,
+            tensor_id=self.tensor_id,
+            expand=self.expand,
+            group_axes=self.group_axes,
+            arrange=self.arrange,
+        )
         if self.shape is None:
             return result
         return result._replace(q=reshape(result.q, self.shape))
@@ -113,6 +127,11 @@ class View:
         return x if self.shape is None else reshape(x, self.shape)
 
 
+def has_groups(fmt: DFPFormat, x) -> bool:
+    """Tells whether a tensor may have more than one exponent; variables always have one."""
+    return fmt.exponents == "sample" and not isinstance(x, tf.Variable)
+
+
 def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> dict:
     """Returns the attributes of a native op that computes in a format."""
     modes = ("weight_gradient", "input_gradient") if swapped else Product.modes
@@ -120,6 +139,7 @@ def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> d
         **dict.fromkeys(bits, fmt.mantissa_bits),
         "accumulation": fmt.accumulation,
         "rounding": fmt.rounding,
+        "exponents": fmt.exponents,
         **{
             mode: "dfp" if product in fmt.products else "float32"
             for mode, product in zip(modes, Product.modes, strict=True)
@@ -143,7 +163,13 @@ def multiply(op: str, fmt: DFPFormat, product: Product, first: View, second: Vie
         return product.float32(a, b), gradient
 
     def factor(x, view):
-        return Factor(x, lambda: x, lambda: make_operand(x, fmt, tensor_id=view.tensor_id))
+        def quantised():
+            if view.group_axes:
+                # Laid out, its groups could not be told any more.
+                return view.operand(fmt)
+            return make_operand(x, fmt, tensor_id=view.tensor_id)
+
+        return Factor(x, lambda: x, quantised)
 
     return float32_forward(first.float32(), second.float32())
 

@@ -4,14 +4,17 @@ Every native result equals the result of the function of the same name here, bit
 CPU, instruction set and number of threads. The method is that of Das et al., *Mixed Precision
 Training of Convolutional Neural Networks using Integer Operations*, ICLR 2018, arXiv 1802.00930.
 
-**Numbers.** A dynamic fixed point (DFP) tensor is `(q: int16[...], e: int32)` and stands for
-`q * 2**e`. With B mantissa bits (8 to 16), `|q| <= Q = 2**(B-1) - 1`. The exponent
-`NAN_EXPONENT = -2**31` marks a tensor that held a NaN or an infinity: its q is 0, and every element
-of everything computed from it is NaN (the quiet NaN with bits 0x7fc00000).
+**Numbers.** A dynamic fixed point (DFP) tensor is `(q: int16[...], e: int32[...])`. The shape of e
+is that of some of the leading axes of q, or of none: the elements that share an index of those axes
+are a group and share an exponent, and stand for `q * 2**e`. With B mantissa bits (8 to 16),
+`|q| <= Q = 2**(B-1) - 1`. The exponent `NAN_EXPONENT = -2**31` marks a group that held a NaN or an
+infinity: its q is 0, and every sum that it has a part in is NaN (the quiet NaN with bits
+0x7fc00000).
 
-**Quantise.** With `E = floor(log2(max|x|))`, subnormals included:
+**Quantise.** With `E = floor(log2(max|x|))` of a group, subnormals included, and -149 if it is all
+zeros or empty:
 
-    e = E - (B - 2)                    or 0 if x is empty or all zeros; or given by the caller
+    e = E - (B - 2)                    or given by the caller
     q = clamp(round(x * 2**-e), -Q, Q)
 
 where x * 2**-e is exact and `round` is to nearest with ties to even ("nearest"), toward zero
@@ -27,6 +30,14 @@ where x * 2**-e is exact and `round` is to nearest with ties to even ("nearest")
 
 The sum is an integer without any error; it is rounded once. A zero sum is +0, overflow is infinite,
 subnormal results are kept, and a nonzero sum that rounds to zero keeps its sign.
+
+**Alignment.** `ea` and `eb` are those of the groups that the sum runs through. Where it runs
+through several groups of an operand (a weight gradient sums over samples), the mantissas of b are
+aligned first. With e[k] the sum of both exponents at k, and E its maximum over k:
+
+    y = RN32(2**E * sum_k qa[k] * RN(qb[k] * 2**(e[k] - E)))      RN: to nearest, ties to even
+
+One NaN group makes such a sum NaN.
 
 **Product, accumulation "spill"**, the method of the paper. The terms, in a canonical order, are cut
 into chunks of `L = floor((2**31 - 1) / (Qa * Qb))`, which cannot overflow INT32:
@@ -49,6 +60,7 @@ Kernel positions go in row-major order of the forward kernel, never flipped.
 float32 values are taken apart and put together as integers.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -64,6 +76,7 @@ _ROUNDINGS = ("nearest", "truncate", "stochastic")
 _ACCUMULATIONS = ("exact", "spill")
 
 Padding = str | Sequence[tuple[int, int]]
+Exponents = int | np.ndarray
 
 
 # ---------------------------------------------------------------------------------------------
@@ -107,26 +120,30 @@ def quantize(
     x: np.ndarray,
     mantissa_bits: int = 14,
     rounding: str = "nearest",
-    exponent: int | None = None,
+    exponent: Exponents | None = None,
     seed: int = 0,
     tensor_id: int = 0,
     step: int = 0,
-) -> tuple[np.ndarray, int]:
+    group_axes: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Quantise a float32 tensor to dynamic fixed point.
 
     Args:
         x: float32 array of any shape.
         mantissa_bits: B, 8 to 16.
         rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
-        exponent: the exponent to use, or `None` to take it from the largest magnitude in `x`.
+        exponent: the exponents to use, or `None` to take them from the largest magnitudes in `x`.
             Mantissas that do not fit are clamped.
         seed: first half of the key of stochastic rounding; its low 32 bits count.
         tensor_id: second half of that key; its low 32 bits count.
         step: upper half of the counter of stochastic rounding, `0 <= step < 2**63`.
+        group_axes: how many leading axes of `x` have an exponent for each of their indices; with
+            0 the tensor has one.
 
     Returns:
-        `(q, e)`: int16 mantissas of the shape of `x`, and the exponent. With a NaN or an infinity
-        in `x`, or `NAN_EXPONENT` given, all mantissas are 0 and the exponent is `NAN_EXPONENT`.
+        `(q, e)`: int16 mantissas of the shape of `x`, and int32 exponents of the shape of its
+        leading axes. With a NaN or an infinity in a group, or `NAN_EXPONENT` given, all of its
+        mantissas are 0 and its exponent is `NAN_EXPONENT`.
 
     Raises:
         ValueError: if an argument is not as described.
@@ -139,19 +156,24 @@ def quantize(
         raise ValueError(f"quantize: `rounding` must be one of {_ROUNDINGS}, received {rounding!r}")
     if not 0 <= step < 2**63:
         raise ValueError(f"quantize: `step` must be from 0 to 2**63 - 1, received {step}")
+    if not 0 <= group_axes <= x.ndim:
+        raise ValueError(
+            f"quantize: `group_axes` must be from 0 to the rank of `x`, {x.ndim}; received "
+            f"{group_axes}"
+        )
+    inner = tuple(range(group_axes, x.ndim))
+    amax_bits = np.max(_bits(x) & 0x7FFFFFFF, axis=inner, initial=0)
+    significand, lowest = _significand_and_exponent(np.maximum(amax_bits, 1))
+    e = _bit_length(significand.astype(np.uint64)) - 1 + lowest - (mantissa_bits - 2)
     if exponent is not None:
-        exponent = _checked_exponent("quantize", "exponent", exponent)
-
-    amax_bits = int(np.max(_bits(x) & 0x7FFFFFFF, initial=0))
-    if amax_bits >= _FLOAT32_INFINITY or exponent == NAN_EXPONENT:
-        return np.zeros(x.shape, np.int16), NAN_EXPONENT
-    if exponent is not None:
-        e = exponent
-    elif amax_bits == 0:
-        e = 0
-    else:
-        significand, lowest = _significand_and_exponent(np.int64(amax_bits))
-        e = int(significand).bit_length() - 1 + int(lowest) - (mantissa_bits - 2)
+        e = _checked_exponent("quantize", "exponent", exponent)
+        if e.shape != amax_bits.shape:
+            raise ValueError(
+                f"quantize: `exponent` must have shape {amax_bits.shape}, received {e.shape}"
+            )
+    e = np.where(amax_bits >= _FLOAT32_INFINITY, NAN_EXPONENT, e)
+    exponents = e.astype(np.int32)
+    e = e[(..., *[np.newaxis] * len(inner))]
 
     # |x| * 2**-e = magnitude / 2**right. The two bounds change no result: a nonzero significand
     # shifted left by 16 is clamped, and one shifted right by 50 is below the least nonzero u.
@@ -172,27 +194,44 @@ def quantize(
         noise = _noise(x.size, seed, tensor_id, step).reshape(x.shape)
         one = np.maximum(right, 24)  # the common denominator of fraction and noise is 2**one
         q = q + (((fraction << (one - right)) + (noise << (one - 24))) >> one)
-    return np.asarray(np.clip(q, -limit, limit).astype(np.int16)), e
+    q = np.where(e == NAN_EXPONENT, 0, np.clip(q, -limit, limit))
+    return np.asarray(q.astype(np.int16)), exponents
 
 
-def dequantize(q: np.ndarray, e: int) -> np.ndarray:
+def dequantize(q: np.ndarray, e: Exponents) -> np.ndarray:
     """Return the float32 values of a DFP tensor.
 
     Args:
         q: int16 mantissas.
-        e: exponent.
+        e: exponents, of the shape of leading axes of `q`.
 
     Returns:
-        `RN32(q * 2**e)`, float32, of the shape of `q`; NaN everywhere if `e` is `NAN_EXPONENT`.
+        `RN32(q * 2**e)`, float32, of the shape of `q`; NaN in groups with `NAN_EXPONENT`.
 
     Raises:
-        ValueError: if `q` is not int16 or `e` not an int32.
+        ValueError: if `q` is not int16, or `e` no int32 exponents of its leading axes.
     """
     q = np.asarray(q)
     if q.dtype != np.int16:
         raise ValueError(f"dequantize: `q` must be int16, received {q.dtype}")
-    e = _checked_exponent("dequantize", "e", e)
-    return _scaled(q.astype(np.int64), e, 0)
+    e = _leading("dequantize", "e", _checked_exponent("dequantize", "e", e), q.shape)
+    return _scaled(q.astype(np.int64), e)
+
+
+def align(q: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Return `RN(q * 2**-shift)`: mantissas that a larger exponent than their own stands for.
+
+    Args:
+        q: integer mantissas.
+        shift: integers, none negative, that broadcast with `q`.
+
+    Returns:
+        int64 array, rounded to nearest with ties to even.
+    """
+    q = np.asarray(q).astype(np.int64)
+    magnitude = np.abs(q).astype(np.uint64)
+    aligned = _shift_right_to_nearest_even(magnitude, np.minimum(shift, 63)).astype(np.int64)
+    return np.where(q < 0, -aligned, aligned)
 
 
 def philox4x32(counter: np.ndarray, key: Sequence[int]) -> np.ndarray:
@@ -222,12 +261,12 @@ def philox4x32(counter: np.ndarray, key: Sequence[int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def round_scaled(sums: np.ndarray, e: int) -> np.ndarray:
+def round_scaled(sums: np.ndarray, e: Exponents) -> np.ndarray:
     """Return `RN32(2**e * sums)`, rounded once.
 
     Args:
         sums: int64 array.
-        e: exponent, any integer.
+        e: exponents, any integers that broadcast with `sums`.
 
     Returns:
         float32 array of the shape of `sums`: to nearest with ties to even, subnormals kept,
@@ -240,7 +279,7 @@ def round_scaled(sums: np.ndarray, e: int) -> np.ndarray:
     if sums.dtype != np.int64:
         raise ValueError(f"round_scaled: `sums` must be int64, received {sums.dtype}")
     # Beyond these bounds every nonzero int64 overflows or rounds to zero, as it does on them.
-    e = min(max(int(e), -400), 400)
+    e = np.clip(np.asarray(e).astype(np.int64), -400, 400)
     negative = sums < 0
     magnitude = np.abs(sums).astype(np.uint64)  # abs leaves -2**63 as it is; here it becomes 2**63
     leading = _bit_length(magnitude) - 1 + e
@@ -325,10 +364,32 @@ def _accumulate(
     return total.astype(np.int64)  # exact: a float32 sum of integers is an integer
 
 
-def _scaled(total: np.ndarray, ea: int, eb: int) -> np.ndarray:
-    if NAN_EXPONENT in (ea, eb):
-        return np.full(total.shape, np.nan, np.float32)
-    return round_scaled(total, ea + eb)
+def _scaled(total: np.ndarray, *exponents: np.ndarray) -> np.ndarray:
+    """Return RN32(2**(sum of exponents) * total), NaN where one of them marks a NaN."""
+    nan = functools.reduce(np.logical_or, [e == NAN_EXPONENT for e in exponents])
+    return np.where(nan, np.float32(np.nan), round_scaled(total, sum(exponents)))
+
+
+def _aligned(qb: np.ndarray, ek: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Align b, whose products have the exponents `ek` along the axis that is summed over.
+
+    Args:
+        qb: int64 mantissas.
+        ek: int64 exponents that broadcast with `qb`.
+        axis: the axis of both that the product sums over.
+
+    Returns:
+        The mantissas, and the largest exponent along the axis, which is kept with a size of 1.
+    """
+    nan = np.any(ek == NAN_EXPONENT, axis, keepdims=True)
+    most = np.max(ek, axis, keepdims=True, initial=2 * NAN_EXPONENT)
+    return align(qb, np.maximum(most - ek, 0)), np.where(nan, NAN_EXPONENT, most)
+
+
+def _added(*exponents: np.ndarray) -> np.ndarray:
+    """Return the sum of exponents, NaN where one of them marks a NaN."""
+    nan = functools.reduce(np.logical_or, [e == NAN_EXPONENT for e in exponents])
+    return np.where(nan, NAN_EXPONENT, sum(exponents))
 
 
 def _chain(accumulation: str, bits_a: int, bits_b: int, length: int) -> int:
@@ -347,9 +408,9 @@ def _cuts(length: int, chain: int) -> Iterator[slice]:
 
 def matmul(
     qa: np.ndarray,
-    ea: int,
+    ea: Exponents,
     qb: np.ndarray,
-    eb: int,
+    eb: Exponents,
     *,
     a_bits: int = 14,
     b_bits: int = 14,
@@ -359,9 +420,11 @@ def matmul(
 
     Args:
         qa: int16 mantissas `[..., M, K]`.
-        ea: exponent of `a`.
+        ea: exponents of `a`: one, or an array that broadcasts to `[..., M, 1]` or `[..., 1, K]`.
+            (The leading axes of a tensor are rows or, where its transpose is multiplied, what is
+            summed over.)
         qb: int16 mantissas `[..., K, N]`, with the batch dimensions of `qa`.
-        eb: exponent of `b`.
+        eb: exponents of `b`: one, or an array that broadcasts to `[..., 1, N]` or `[..., K, 1]`.
         a_bits: mantissa bits of `a`.
         b_bits: mantissa bits of `b`.
         accumulation: `"exact"` or `"spill"`.
@@ -387,12 +450,31 @@ def matmul(
             f"{op}: the last dimension of `a` must equal the last but one of `b`, received shapes "
             f"{qa.shape} and {qb.shape}"
         )
+    rows, along_a = _along(op, "ea", ea, qa.shape, -1)
+    columns, along_b = _along(op, "eb", eb, qb.shape, -2)
+    ek = _added(np.swapaxes(along_a, -1, -2), along_b)
+    if ek.shape[-2] != 1:
+        qb, ek = _aligned(qb, ek, -2)
     chunks = (
         qa[..., cut] @ qb[..., cut, :]
         for cut in _cuts(depth, _chain(accumulation, a_bits, b_bits, depth))
     )
     total = _accumulate(chunks, (*qa.shape[:-1], qb.shape[-1]), accumulation)
-    return _scaled(total, ea, eb)
+    return _scaled(total, rows, columns, ek)
+
+
+def _along(
+    op: str, name: str, e: np.ndarray, shape: tuple[int, ...], summed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split exponents in those that vary along the summed axis and those that do not."""
+    e = e.reshape((1,) * (len(shape) - e.ndim) + e.shape)
+    if e.ndim > len(shape) or np.broadcast_shapes(e.shape, shape) != shape or 1 not in e.shape[-2:]:
+        raise ValueError(
+            f"{op}: `{name}` must broadcast to the mantissas' shape {shape} and may vary along one "
+            f"of the last two axes, received shape {e.shape}"
+        )
+    none = np.zeros((1, 1), np.int64)
+    return (none, e) if e.shape[summed] != 1 else (e, none)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -473,7 +555,7 @@ def _cropped(x: np.ndarray, geometry: _Geometry) -> np.ndarray:
 
 def conv(
     qx: np.ndarray,
-    ex: int,
+    ex: Exponents,
     qw: np.ndarray,
     ew: int,
     *,
@@ -488,7 +570,7 @@ def conv(
 
     Args:
         qx: int16 mantissas `[N, spatial.., C]`.
-        ex: exponent of `x`.
+        ex: exponent of `x`, or one for each of its N images.
         qw: int16 mantissas `[spatial.., C / groups, F]`; the groups follow from the shapes.
         ew: exponent of `w`.
         strides: a positive integer, or one for each spatial dimension.
@@ -524,12 +606,12 @@ def conv(
                 yield _ungrouped(patch[:, :, cut] @ weights[:, cut], shape)
 
     shape = (qx.shape[0], *geometry.output, qw.shape[-1])
-    return _scaled(_accumulate(chunks(), shape, accumulation), ex, ew)
+    return _scaled(_accumulate(chunks(), shape, accumulation), _leading(op, "ex", ex, shape), ew)
 
 
 def conv_input_gradient(
     qdy: np.ndarray,
-    edy: int,
+    edy: Exponents,
     qw: np.ndarray,
     ew: int,
     input_shape: Sequence[int],
@@ -545,7 +627,7 @@ def conv_input_gradient(
 
     Args:
         qdy: int16 mantissas of the output's gradient, `[N, spatial.., F]`.
-        edy: exponent of `dy`.
+        edy: exponent of `dy`, or one for each of its N images.
         qw: int16 mantissas of the kernel, as in `conv`.
         ew: exponent of `w`.
         input_shape: shape of `x`.
@@ -588,14 +670,14 @@ def conv_input_gradient(
 
     shape = (batch, *geometry.padded, channels)
     total = _accumulate(chunks(), shape, accumulation)
-    return _scaled(_cropped(total, geometry), edy, ew)
+    return _scaled(_cropped(total, geometry), _leading(op, "edy", edy, shape), ew)
 
 
 def conv_weight_gradient(
     qx: np.ndarray,
-    ex: int,
+    ex: Exponents,
     qdy: np.ndarray,
-    edy: int,
+    edy: Exponents,
     kernel_shape: Sequence[int],
     *,
     strides: int | Sequence[int] = 1,
@@ -609,9 +691,9 @@ def conv_weight_gradient(
 
     Args:
         qx: int16 mantissas of the input, as in `conv`.
-        ex: exponent of `x`.
+        ex: exponent of `x`, or one for each of its N images.
         qdy: int16 mantissas of the output's gradient, `[N, spatial.., F]`.
-        edy: exponent of `dy`.
+        edy: exponent of `dy`, or one for each of its N images.
         kernel_shape: shape of `w`.
         strides: as in `conv`.
         padding: as in `conv`.
@@ -634,6 +716,7 @@ def conv_weight_gradient(
     groups = _checked_groups(op, qx.shape, kernel_shape)
     geometry = _geometry(op, qx.shape[1:-1], kernel_shape[:-2], strides, dilations, padding)
     _check_output(op, qdy.shape, (qx.shape[0], *geometry.output, kernel_shape[-1]))
+    qdy, e = _aligned_images(op, qx.shape, ex, qdy, edy)
     x = _padded(qx, geometry)
     dy = _grouped(qdy, groups)
     pixels = dy.shape[1]
@@ -644,7 +727,21 @@ def conv_weight_gradient(
         patch = _grouped(x[(slice(None), *slices)], groups).swapaxes(1, 2)
         chunks = (_ungrouped(patch[:, :, cut] @ dy[:, cut], kernel_shape[-2:]) for cut in cuts)
         total[position] = _accumulate(chunks, kernel_shape[-2:], accumulation)
-    return _scaled(total, ex, edy)
+    return _scaled(total, e)
+
+
+def _aligned_images(
+    op: str,
+    x_shape: tuple[int, ...],
+    ex: np.ndarray,
+    qdy: np.ndarray,
+    edy: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Align `dy` for a sum over the images of a batch. Return it and the exponent of the sum."""
+    e = _added(_leading(op, "ex", ex, x_shape), _leading(op, "edy", edy, qdy.shape))
+    if ex.ndim or edy.ndim:
+        qdy, e = _aligned(qdy, e, 0)
+    return qdy, e.reshape(())
 
 
 def _grouped(x: np.ndarray, groups: int) -> np.ndarray:
@@ -665,7 +762,7 @@ def _ungrouped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def depthwise_conv(
     qx: np.ndarray,
-    ex: int,
+    ex: Exponents,
     qw: np.ndarray,
     ew: int,
     *,
@@ -680,7 +777,7 @@ def depthwise_conv(
 
     Args:
         qx: int16 mantissas `[N, spatial.., C]`.
-        ex: exponent of `x`.
+        ex: exponent of `x`, or one for each of its N images.
         qw: int16 mantissas `[spatial.., C, multiplier]`.
         ew: exponent of `w`.
         strides: as in `conv`.
@@ -715,12 +812,12 @@ def depthwise_conv(
             yield chunk
 
     total = _accumulate(chunks(), shape, accumulation)
-    return _scaled(_merged_multiplier(total), ex, ew)
+    return _scaled(_merged_multiplier(total), _leading(op, "ex", ex, total.shape[:-1]), ew)
 
 
 def depthwise_conv_input_gradient(
     qdy: np.ndarray,
-    edy: int,
+    edy: Exponents,
     qw: np.ndarray,
     ew: int,
     input_shape: Sequence[int],
@@ -736,7 +833,7 @@ def depthwise_conv_input_gradient(
 
     Args:
         qdy: int16 mantissas of the output's gradient, `[N, spatial.., C * multiplier]`.
-        edy: exponent of `dy`.
+        edy: exponent of `dy`, or one for each of its N images.
         qw: int16 mantissas of the kernel, as in `depthwise_conv`.
         ew: exponent of `w`.
         input_shape: shape of `x`.
@@ -775,14 +872,14 @@ def depthwise_conv_input_gradient(
             yield chunk
 
     total = _accumulate(chunks(), shape, accumulation)
-    return _scaled(_cropped(total, geometry), edy, ew)
+    return _scaled(_cropped(total, geometry), _leading(op, "edy", edy, shape), ew)
 
 
 def depthwise_conv_weight_gradient(
     qx: np.ndarray,
-    ex: int,
+    ex: Exponents,
     qdy: np.ndarray,
-    edy: int,
+    edy: Exponents,
     kernel_shape: Sequence[int],
     *,
     strides: int | Sequence[int] = 1,
@@ -796,9 +893,9 @@ def depthwise_conv_weight_gradient(
 
     Args:
         qx: int16 mantissas of the input, as in `depthwise_conv`.
-        ex: exponent of `x`.
+        ex: exponent of `x`, or one for each of its N images.
         qdy: int16 mantissas of the output's gradient, `[N, spatial.., C * multiplier]`.
-        edy: exponent of `dy`.
+        edy: exponent of `dy`, or one for each of its N images.
         kernel_shape: shape of `w`.
         strides: as in `conv`.
         padding: as in `conv`.
@@ -822,6 +919,7 @@ def depthwise_conv_weight_gradient(
     geometry = _geometry(op, qx.shape[1:-1], kernel_shape[:-2], strides, dilations, padding)
     batch, channels, multiplier = qx.shape[0], *kernel_shape[-2:]
     _check_output(op, qdy.shape, (batch, *geometry.output, channels * multiplier))
+    qdy, e = _aligned_images(op, qx.shape, ex, qdy, edy)
     x = _padded(qx, geometry)
     pixels = batch * int(np.prod(geometry.output))
     dy = qdy.reshape((pixels, channels, multiplier))
@@ -832,7 +930,7 @@ def depthwise_conv_weight_gradient(
         patch = x[(slice(None), *slices)].reshape((pixels, channels))
         chunks = (np.einsum("pc,pcm->cm", patch[cut], dy[cut]) for cut in cuts)
         total[position] = _accumulate(chunks, kernel_shape[-2:], accumulation)
-    return _scaled(total, ex, edy)
+    return _scaled(total, e)
 
 
 def _merged_multiplier(x: np.ndarray) -> np.ndarray:
@@ -907,9 +1005,9 @@ def _float64(x: np.ndarray) -> np.ndarray:
 
 
 def _checked_operand(
-    op: str, name: str, q: np.ndarray, e: int, mantissa_bits: int
-) -> tuple[np.ndarray, int]:
-    """Check an operand and return its mantissas as int64, and its exponent."""
+    op: str, name: str, q: np.ndarray, e: Exponents, mantissa_bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Check an operand and return its mantissas and its exponents as int64."""
     q = np.asarray(q)
     limit = qmax(mantissa_bits)
     if q.dtype != np.int16:
@@ -922,10 +1020,20 @@ def _checked_operand(
     return q.astype(np.int64), _checked_exponent(op, f"exponent of {name}", e)
 
 
-def _checked_exponent(op: str, name: str, e: int) -> int:
-    if not -(2**31) <= int(e) < 2**31:
-        raise ValueError(f"{op}: `{name}` must be an int32, received {e}")
-    return int(e)
+def _checked_exponent(op: str, name: str, e: Exponents) -> np.ndarray:
+    e = np.asarray(e)
+    if e.dtype.kind not in "iu" or np.any(e < -(2**31)) or np.any(e >= 2**31):
+        raise ValueError(f"{op}: `{name}` must be of int32, received {e}")
+    return e.astype(np.int64)
+
+
+def _leading(op: str, name: str, e: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return exponents of the leading axes of `shape` so that they broadcast to all of it."""
+    if e.shape != shape[: e.ndim]:
+        raise ValueError(
+            f"{op}: `{name}` must have the shape of leading axes of {shape}, received {e.shape}"
+        )
+    return e.reshape(e.shape + (1,) * (len(shape) - e.ndim))
 
 
 def _checked_shape(op: str, name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from the machine up:
     threads     the only door to OpenMP
     quantize    float32 <-> mantissas and exponent
     pack        from tensors into the microkernels' layout
+    exponents   of a product: where they differ
     gemm        the blocked product
     digits      the same on int8 tiles (AMX)
     conv        the three passes of a convolution as such products
@@ -21,7 +22,7 @@ import time
 
 from cython.parallel cimport parallel, prange
 from libc.math cimport INFINITY, NAN, ldexp
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strcmp
@@ -30,6 +31,7 @@ include "cpu.pxi"
 include "threads.pxi"
 include "quantize.pxi"
 include "pack.pxi"
+include "exponents.pxi"
 include "gemm.pxi"
 include "digits.pxi"
 include "conv.pxi"
@@ -37,6 +39,7 @@ include "depthwise.pxi"
 include "statistics.pxi"
 include "tf/api.pxi"
 include "tf/call.pxi"
+include "tf/losses.pxi"
 include "tf/ops.pxi"
 
 # As in api.pxi: no initialiser, the constructor runs before the module's initialisation.

@@ -21,7 +21,7 @@ cdef struct Conv:
     int64_t groups
     bint depthwise
     int64_t a_bits, b_bits      # of the pass's two operands
-    int32_t exponent            # the sum of theirs
+    Exponents exponents         # of the pass; rows and products are counted in images
     bint spill
 
 
@@ -42,7 +42,8 @@ cdef inline bint by_channel(const Conv* v, Pass which) noexcept nogil:
 cdef inline void gemm_of(const Conv* v, Gemm* g, const int16_t* a, const int16_t* b,
                          float* c) noexcept nogil:
     memset(g, 0, sizeof(Gemm))
-    g.a_bits, g.b_bits, g.exponent, g.spill = v.a_bits, v.b_bits, v.exponent, v.spill
+    g.a_bits, g.b_bits, g.spill = v.a_bits, v.b_bits, v.spill
+    g.exponents = v.exponents
     g.batch = v.groups
     g.a.data, g.b.data, g.c = a, b, c
 
@@ -72,6 +73,7 @@ cdef inline bint is_matrix(const Window* w) noexcept nogil:
 cdef inline void rows_of_window(Gemm* g) noexcept nogil:
     g.a.kind = ROWS if is_matrix(&g.a.window) else PATCHES
     g.a.ld = g.a.window.pixel
+    g.exponents.row.per = volume(g.a.window.positions)
     g.k = volume(g.a.window.taps) * g.a.window.padded
 
 
@@ -160,6 +162,7 @@ cdef void weight_gradient_plan(const Conv* v, Gemm* g, const int16_t* x, const i
     if is_matrix(&g.a.window):
         g.a.kind, g.a.ld = COLUMNS, v.channels
     g.a_batch, g.b_batch, g.c_batch, g.ldc = channels, filters, filters, v.filters
+    g.exponents.shifts.per = volume(v.output)
     matrix_b(&g.b, g.k, v.filters, 1)
     gemm_plan(g)
 

@@ -10,7 +10,8 @@ cdef extern from "microkernels/table.h" nogil:
         int32_t* acc
         float* c
         int64_t ldc
-        float scale
+        const float* row_scale
+        const float* column_scale
         bint stream
     ctypedef struct dfp_patch:
         const int16_t** x
@@ -20,7 +21,7 @@ cdef extern from "microkernels/table.h" nogil:
         int64_t fresh, fresh_end
         const int16_t** w
         float* y
-        double scale
+        const double* scale
         bint careful, stream
         const int16_t* dy
         int64_t** sums
@@ -47,7 +48,8 @@ cdef extern from "microkernels/table.h" nogil:
         float* c
         const int64_t* row
         int64_t next, rows, cols
-        float scale
+        const float* row_scale
+        const float* column_scale
         int products
         bint stream
     ctypedef struct dfp_digits:
@@ -64,6 +66,7 @@ cdef extern from "microkernels/table.h" nogil:
         void (*multiply)(const dfp_digit_tile*, dfp_digit_rows*) noexcept nogil
         void (*finish)(dfp_digit_rows*) noexcept nogil
         void (*finish_transposed)(const dfp_digit_rows*, int64_t) noexcept nogil
+    const int DFP_SHORT
     const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_K_3, DFP_DIGIT_K_4
     ctypedef void (*dfp_multiply)(const dfp_tile*) noexcept nogil
     ctypedef struct dfp_kernel:
@@ -73,8 +76,14 @@ cdef extern from "microkernels/table.h" nogil:
         uint32_t (*absmax_bits)(const float*, int64_t) noexcept nogil
         void (*quantize)(const float*, int64_t, float, float, float, bint, bint,
                          int16_t*) noexcept nogil
-        void (*stochastic)(const float*, int64_t, int64_t, double, double, const uint32_t*,
-                           uint64_t, int16_t*) noexcept nogil
+        void (*absmax_groups)(const float*, int64_t, int64_t, uint32_t*) noexcept nogil
+        void (*quantize_groups)(const float*, int64_t, int64_t, const int32_t*, float, bint,
+                                int16_t*) noexcept nogil
+        void (*stochastic)(const float*, int64_t, int64_t, int64_t, const int32_t*, double,
+                           const uint32_t*, uint64_t, int16_t*) noexcept nogil
+        void (*count)(const float*, const int16_t*, int64_t, uint32_t, int64_t*) noexcept nogil
+        void (*align)(const int16_t*, int64_t, int, int16_t*) noexcept nogil
+        void (*align_pairs)(int16_t*, int64_t, int, int) noexcept nogil
         void (*interleave)(const int16_t*, const int16_t*, int64_t, int64_t, int64_t, int, int64_t,
                            int16_t*) noexcept nogil
         void (*copy_rows)(const int16_t*, int64_t, int64_t, int64_t, int16_t*,

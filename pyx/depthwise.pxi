@@ -37,10 +37,14 @@ cdef struct Depthwise:
     int64_t blocks              # and how many tasks make an image
     int64_t limit               # products that an int32 can hold, in spill mode
     bint by_terms               # spill: more than one chain, or subnormal results
-    bint careful, stream
+    bint careful                # sums may be too large for the fast way
+    bint stream
     Span* spans[3]              # [phase][kernel position]
-    int64_t a_spread, b_spread, span_bytes, sum_bytes, task_bytes      # bytes of scratch
-    char* sums                  # of the weight gradient, int64: [thread][tap][row]
+    double* scales              # of every image
+    int64_t a_spread, b_spread, b_aligned, scale_bytes, span_bytes     # bytes of scratch
+    int64_t sum_bytes, task_bytes
+    int16_t* aligned            # dy, for the weight gradient
+    char* sums                  # of that, int64: [thread][tap][row]
     char* scratch
 
 
@@ -69,9 +73,10 @@ cdef void depthwise_plan(Depthwise* z, Conv* v, Pass which, const int16_t* a,
 
     # Grouped convolutions end their chains with each kernel position.
     z.limit = safe_chain(v.a_bits, v.b_bits, 0)
-    z.careful = not -126 <= v.exponent <= 127 or z.terms >= (<int64_t>1 << 47) // qq
-    z.by_terms = v.spill and (
-        z.careful or z.terms > z.limit or (z.taps > 1 and not v.depthwise))
+    z.careful = z.terms >= (<int64_t>1 << 47) // qq
+    z.by_terms = v.spill and (z.careful or z.terms > z.limit or (z.taps > 1 and not v.depthwise)
+                              or not normal_images(v, 0, v.batch))
+    z.scale_bytes = round_up(v.batch * sizeof(double), ALIGN)
     bytes = volume(z.positions) * z.row * sizeof(float)
     z.stream = (v.batch * bytes >= DW_STREAM and z.row % 16 == 0 and <int64_t>out % ALIGN == 0)
 
@@ -92,6 +97,8 @@ cdef void depthwise_plan(Depthwise* z, Conv* v, Pass which, const int16_t* a,
             z.b_spread = round_up(z.taps * v.filters * 2, ALIGN)
         else:
             z.a_spread = round_up(v.batch * volume(v.input) * v.filters * 2, ALIGN)
+    if v.exponents.shifts.shift != NULL:
+        z.b_aligned = round_up(pixels * v.filters * 2, ALIGN)
     if which != WEIGHT_GRADIENT:
         z.task_bytes = round_up(3 * z.terms * sizeof(void*), ALIGN)
     elif v.spill:
@@ -104,8 +111,18 @@ cdef void depthwise_plan(Depthwise* z, Conv* v, Pass which, const int16_t* a,
 
 
 cdef inline int64_t depthwise_bytes(Depthwise* z) noexcept nogil:
-    return (z.a_spread + z.b_spread + z.span_bytes + z.threads * (z.sum_bytes + z.task_bytes)
-            + ALIGN)
+    return (z.a_spread + z.b_spread + z.b_aligned + z.scale_bytes + z.span_bytes
+            + z.threads * (z.sum_bytes + z.task_bytes) + ALIGN)
+
+
+cdef inline bint normal_images(const Conv* v, int64_t first, int64_t count) noexcept nogil:
+    """Can neither the scale nor a nonzero result (at least the scale) of an image be subnormal?"""
+    cdef int64_t i, e
+    for i in range(first, first + count):
+        e = row_exponent(&v.exponents, 0, i)
+        if e != NAN_EXPONENT and not -126 <= e <= 127:
+            return False
+    return True
 
 
 cdef inline int64_t depthwise_tasks(Depthwise* z) noexcept nogil:
@@ -128,6 +145,15 @@ cdef void depthwise_run(Depthwise* z, char* scratch) noexcept nogil:
                    <int16_t*>z.scratch)
         z.a = <int16_t*>z.scratch
         z.scratch += z.a_spread + z.b_spread
+    if z.b_aligned:
+        z.aligned = <int16_t*>z.scratch
+        parallel_for(align_image_task, z, v.batch, z.threads)
+        z.b = z.aligned
+        z.scratch += z.b_aligned
+    z.scales = <double*>z.scratch
+    z.scratch += z.scale_bytes
+    for i in range(<int>v.batch):
+        z.scales[i] = scale_of(row_exponent(&v.exponents, 0, i))
     for i in range(3):
         z.spans[i] = <Span*>z.scratch
         z.scratch += round_up(z.phases[i] * v.kernel[i] * sizeof(Span), ALIGN)
@@ -143,6 +169,13 @@ cdef void depthwise_run(Depthwise* z, char* scratch) noexcept nogil:
         memset(z.sums, 0, z.threads * z.sum_bytes)
         parallel_for(depthwise_task, z, depthwise_tasks(z), z.threads)
         parallel_for(add_sums_task, z, z.taps, z.threads if 64 * z.taps * z.row > SMALL else 1)
+
+
+cdef void align_image_task(void* work, int64_t i, int thread) noexcept nogil:
+    """Aligns dy of an image."""
+    cdef Depthwise* z = <Depthwise*>work
+    cdef int64_t n = volume(z.conv.output) * z.conv.filters
+    kernel.align(z.b + i * n, n, shift_of(&z.conv.exponents.shifts, 0, i), z.aligned + i * n)
 
 
 cdef void spread(const int16_t* source, int64_t pixels, int64_t channels, int64_t multiplier,
@@ -288,7 +321,8 @@ cdef void run_patch(Depthwise* z, const Patch* at, int thread) noexcept nogil:
     t.y_row = z.stride[1] * z.positions[2] * z.row
     t.y_item = volume(z.positions) * z.row
     t.chain = safe_chain(v.a_bits, v.b_bits, 65535) // 2
-    t.scale, t.careful, t.stream = scale_of(v.exponent), z.careful, z.stream
+    t.scale, t.stream = z.scales + at.item, z.stream
+    t.careful = z.careful or not normal_images(v, at.item, at.items)
     if z.which == WEIGHT_GRADIENT:
         t.dy = z.b + grid * z.row
         if t.pixels < t.rows:
@@ -313,8 +347,9 @@ cdef void spill_patch(Depthwise* z, const dfp_patch* t, const int16_t** x) noexc
     cdef dfp_terms terms
     terms.x, terms.w, terms.terms, terms.n = x, t.w, t.terms, t.n
     terms.segment = t.terms if z.conv.depthwise else z.per_tap
-    terms.chain, terms.resume, terms.sums, terms.scale = z.limit, False, NULL, t.scale
+    terms.chain, terms.resume, terms.sums = z.limit, False, NULL
     for m in range(t.items):
+        terms.scale = t.scale[m]
         for h in range(t.rows):
             for p in range(t.pixels):
                 pixel = m * t.x_item + h * t.x_row + p * t.x_step
@@ -327,7 +362,7 @@ cdef void spill_patch(Depthwise* z, const dfp_patch* t, const int16_t** x) noexc
 cdef void add_sums_task(void* work, int64_t tap, int thread) noexcept nogil:
     """Adds up what the threads summed for one kernel position of dw, and rounds it."""
     cdef Depthwise* z = <Depthwise*>work
-    cdef double scale = scale_of(z.conv.exponent)
+    cdef double scale = scale_of(z.conv.exponents.all)
     cdef int64_t c, total
     cdef int i
     for c in range(z.row):
@@ -354,7 +389,7 @@ cdef void spilled_weight_task(void* work, int64_t i, int thread) noexcept nogil:
     t.w = t.x + z.terms
     t.sums = <float*>(t.w + z.terms)
     t.segment, t.chain, t.n = z.terms, z.limit, min(<int64_t>DW_CHANNELS, z.row - c0)
-    t.resume, t.y, t.scale = False, NULL, scale_of(v.exponent)
+    t.resume, t.y, t.scale = False, NULL, scale_of(v.exponents.all)
     while first < pixels:
         t.terms = min(z.terms, pixels - first)
         for k in range(t.terms):

@@ -61,6 +61,7 @@ cdef void digits_plan(Gemm* g) noexcept nogil:
         d.columns = d.steps = steps_of(g.kb)
     elif d.flat:
         g.m = g.m // volume(w.positions) * volume(d.pitch)
+        g.exponents.row.per = volume(d.pitch)
         d.columns = steps_of(w.channels)
         d.steps = d.columns * volume(w.taps)
         g.mb = clamp(FLAT_CACHED // (d.planes * d.columns * step) // tile * tile, tile, DIGITS_M)
@@ -167,7 +168,7 @@ cdef inline int64_t digits_sum(Gemm* g, int64_t hh, int64_t mid, int64_t ll) noe
 cdef void digits_pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
     cdef int64_t panels = (g.n + g.nr - 1) // g.nr
-    pack_columns(g, g.b.data + i // panels * g.b_batch, i % panels * g.nr, 0, g.k,
+    pack_columns(g, i // panels, i % panels * g.nr, 0, g.k,
                  <int8_t*>g.scratch + i * g.by.planes * g.by.b_plane)
 
 
@@ -199,7 +200,7 @@ cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
             a_step[s] = (s // volume(g.a.window.taps) * d.a_step
                          + tap_distance(g, tap) * DFP_DIGIT_STEP)
     rows.next = rows.rows = 0
-    rows.scale, rows.products, rows.stream = <float>g.scale, d.products, g.stream
+    rows.products, rows.stream = d.products, g.stream
     tile.a_plane, tile.a_step = d.a_plane, a_step
     tile.b_plane, tile.b_step, tile.b_half = d.b_plane, d.b_step, d.b_half
     tile.products = d.products
@@ -222,7 +223,7 @@ cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
                 pack_sliding(g, (block.n0 // nr + panel) * DFP_DIGIT_TILE, kc,
                              <const int16_t**>gathered, <int8_t*>mine + g.a_bytes)
             else:
-                pack_columns(g, g.b.data + block.item * g.b_batch, block.n0 + panel * nr, k0, kc,
+                pack_columns(g, block.item, block.n0 + panel * nr, k0, kc,
                              <int8_t*>mine + g.a_bytes)
             for t in range((block.mc + g.mr - 1) // g.mr):
                 tile.a = a + t * g.mr * DFP_DIGIT_STEP
@@ -257,11 +258,14 @@ cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_r
     sum_tile(g, block, tile, rows, acc)
     if not block.last:
         return
-    if g.fast:
+    if is_fast(g, block, t * g.mr, panel * g.nr):
         rows.sums, rows.c = tile.sums, block.c + block.n0 + panel * g.nr
         rows.row, rows.next, rows.rows, rows.cols = row + t * g.mr, 0, g.mr, cols
+        rows.row_scale, rows.column_scale = block.row_scale + t * g.mr, NULL
+        if block.column_scale != NULL:
+            rows.column_scale = block.column_scale + panel * g.nr
     else:
-        round_tile(g, acc, block.spare)
+        round_tile(g, block, t * g.mr, panel * g.nr, acc)
         store_tile(g, block, t * g.mr, panel * g.nr, min(g.mr, block.mc - t * g.mr), cols)
 
 
@@ -294,15 +298,15 @@ cdef void round_mirrored(Gemm* g, Block* block, int64_t panel, int64_t t) noexce
     cdef dfp_digit_rows done
     done.rows = min(g.mr, block.mc - t * g.mr)
     done.cols = min(<int64_t>DFP_DIGIT_TILE, channels - c0)
-    done.scale, done.products = <float>g.scale, g.by.products
+    done.row_scale, done.products = block.row_scale, g.by.products
     for tap in range(g.by.taps):
         acc = mirrored_sums(g, block, panel, t, tap)
         c = block.c + (tap * channels + c0) * g.ldc + block.m0 + t * g.mr
-        if g.fast and g.splits == 1:
+        if g.fast and not block.careful and g.splits == 1:
             done.sums, done.c = <int32_t*>acc, c
             kernel.digits.finish_transposed(&done, g.ldc)
             continue
-        round_tile(g, acc, block.spare)
+        round_tile(g, block, t * g.mr, 0, acc)
         for j in range(done.cols):
             for i in range(done.rows):
                 c[j * g.ldc + i] = block.spare[i * DFP_DIGIT_TILE + j]
@@ -392,6 +396,11 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
     cdef int64_t items = g.k // volume(d.pitch), steps = steps_of(kc)
     cdef const int16_t* dy = g.b.data + block.item * g.b_batch
     cdef Place at = place_of(d.pitch, k0)
+    cdef int shifts[64]
+    cdef int16_t space[64 * 32]
+    cdef const int16_t* aligned[64]
+    cdef const int16_t** rows
+    cdef int64_t first
     layout_pixels(g, g.a.data + block.item * g.a_batch, items, k0,
                   steps * DFP_DIGIT_STEP + d.halo + 4, pixels)
     pixels += image
@@ -403,10 +412,32 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
                 pixels[k] = dy + position * g.b.k_stride
             go_on(&at, d.pitch)
     for s in range(steps):
+        for k in range(DFP_DIGIT_STEP):
+            shifts[k] = 0
+            if pixels[s * DFP_DIGIT_STEP + k] != NULL and g.exponents.shifts.shift != NULL:
+                # Of the image whose pixel it is.
+                position = (pixels[s * DFP_DIGIT_STEP + k] - dy) // g.b.k_stride
+                shifts[k] = shift_of(&g.exponents.shifts, block.item, position)
         for c in range(0, block.mc, 32):
-            kernel.digits.lines_of_rows(pixels + s * DFP_DIGIT_STEP, block.m0 + c,
-                                        min(block.mc - c, <int64_t>32), d.products,
+            rows, first = pixels + s * DFP_DIGIT_STEP, block.m0 + c
+            if g.exponents.shifts.shift != NULL:
+                rows, first = align_rows(rows, first, min(block.mc - c, <int64_t>32), shifts,
+                                         aligned, space), 0
+            kernel.digits.lines_of_rows(rows, first, min(block.mc - c, <int64_t>32), d.products,
                                         out + s * d.a_step + c * DFP_DIGIT_STEP, d.a_plane)
+
+
+cdef const int16_t** align_rows(const int16_t** rows, int64_t c, int64_t n, const int* shifts,
+                                const int16_t** aligned, int16_t* space) noexcept nogil:
+    """Columns c .. c + n of a step's rows, each shifted by its shift; fills 64 rows of `aligned`,
+    in a space of 64 x 32, and returns them."""
+    cdef int64_t k
+    for k in range(DFP_DIGIT_STEP):
+        aligned[k] = NULL
+        if rows[k] != NULL:
+            kernel.align(rows[k] + c, n, shifts[k], space + k * 32)
+            aligned[k] = space + k * 32
+    return aligned
 
 
 cdef void pack_sliding(Gemm* g, int64_t channel, int64_t kc, const int16_t** pixels,
@@ -452,14 +483,20 @@ cdef void rows_of_tap(const Window* w, const int16_t* image, int64_t tap, int64_
             go_on(&at, w.positions)
 
 
-cdef void pack_columns(Gemm* g, const int16_t* data, int64_t n0, int64_t k0, int64_t kc,
+cdef void pack_columns(Gemm* g, int64_t item, int64_t n0, int64_t k0, int64_t kc,
                        int8_t* out) noexcept nogil:
-    """A panel of B: columns from n0 on, products k0 .. k0 + kc."""
+    """A panel of B, aligned: columns from n0 on, products k0 .. k0 + kc."""
+    cdef const int16_t* data = g.b.data + item * g.b_batch
     cdef Digits* d = &g.by
     cdef BSource* b = &g.b
-    cdef int64_t taps = volume(g.a.window.taps), s, k, count, half, i, n
+    cdef int64_t taps = volume(g.a.window.taps), s, k, count, half, i, n, first
+    cdef const int16_t** at
     cdef int16_t q[16 * 64]
     cdef const int16_t* rows[64]
+    cdef int shifts[64]
+    cdef int16_t space[64 * 32]
+    cdef const int16_t* aligned[64]
+    cdef bint shifted = g.exponents.shifts.shift != NULL
     for s in range(d.steps if d.flat else steps_of(kc)):
         if d.flat:
             k = s % taps * b.padded + s // taps * DFP_DIGIT_STEP
@@ -467,19 +504,37 @@ cdef void pack_columns(Gemm* g, const int16_t* data, int64_t n0, int64_t k0, int
         else:
             k = k0 + s * DFP_DIGIT_STEP
             count = min(kc - s * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP)
+        if shifted:
+            for i in range(DFP_DIGIT_STEP):
+                shifts[i] = shift_of(&g.exponents.shifts, item, k + i) if i < count else 0
         if b.n_stride == 1:
             for i in range(DFP_DIGIT_STEP):
                 rows[i] = b_row(b, data, k + i) if i < count else NULL
-            kernel.digits.columns_of_rows(rows, n0, min(g.n - n0, <int64_t>32), transposed(g),
-                                          d.products, out, d.b_half, d.b_plane)
+            n = min(g.n - n0, <int64_t>32)
+            first, at = n0, rows
+            if shifted:
+                first, at = 0, align_rows(rows, n0, n, shifts, aligned, space)
+            kernel.digits.columns_of_rows(at, first, n, transposed(g), d.products, out, d.b_half,
+                                          d.b_plane)
         else:
             for half in range(2):
                 for i in range(16):
                     n = n0 + half * 16 + i
                     copy_column(b, data, n, k, count if n < g.n else 0, q + i * 64)
+                if shifted:
+                    align_columns(q, shifts)
                 kernel.digits.columns(q, transposed(g), d.products, out + half * d.b_half,
                                       d.b_plane)
         out += d.b_step
+
+
+cdef void align_columns(int16_t* q, const int* shifts) noexcept nogil:
+    """The products of 16 columns, each shifted by its shift."""
+    cdef int64_t i, k
+    for k in range(DFP_DIGIT_STEP):
+        if shifts[k]:
+            for i in range(16):
+                kernel.align(q + i * 64 + k, 1, shifts[k], q + i * 64 + k)
 
 
 cdef inline void copy_column(BSource* b, const int16_t* data, int64_t n, int64_t k, int64_t count,

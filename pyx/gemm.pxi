@@ -2,7 +2,9 @@
 #
 #     C[m, n] = RN32(2**(ea + eb) * sum_k A[m, k] * B[k, n])
 #
-# for `batch` independent products (matrices of a batched matmul, groups of a convolution).
+# for `batch` independent products (matrices of a batched matmul, groups of a convolution). Exponents
+# may differ from row to row and from column to column of C; where they differ along K, B is aligned
+# when it is packed (exponents.pxi).
 # A task computes a block of mb rows and nb columns. It packs the block of A (pack.pxi; rows of an
 # image are gathered here, im2col exists only block by block), packs its panels of B unless all of
 # B was packed beforehand, and runs the microkernel tile by tile, panel after panel. Long K is cut
@@ -42,7 +44,7 @@ cdef struct Gemm:
     bint scattered          # rows of C follow `rows` instead of m * ldc
     Scatter rows
     int64_t a_bits, b_bits
-    int32_t exponent        # ea + eb
+    Exponents exponents     # ea + eb
     bint spill
     # How: filled in by gemm_plan.
     int threads
@@ -60,8 +62,7 @@ cdef struct Gemm:
     bint stream             # past the caches: C does not fit them, and its rows are aligned
     bint wide               # hi * 2**16 + lo is too narrow for all of K
     int64_t narrow_k        # K it is wide enough for
-    double scale
-    int64_t a_bytes, b_bytes, acc_bytes, tile_bytes, task_bytes, shared_bytes
+    int64_t a_bytes, b_bytes, acc_bytes, tile_bytes, scale_bytes, task_bytes, shared_bytes
     char* scratch
     bint digits                 # by digits, on int8 tiles: digits.pxi
     Digits by
@@ -82,7 +83,6 @@ cdef inline int64_t safe_chain(int64_t a_bits, int64_t b_bits, int64_t room) noe
 
 cdef void gemm_plan(Gemm* g) noexcept nogil:
     """Chooses kernel, blocks and threads, and says how much scratch gemm_run needs."""
-    g.scale = scale_of(g.exponent)
     g.stream = (g.m * g.ldc * sizeof(float) >= STREAM and g.ldc % 16 == 0 and g.c_batch % 16 == 0
                 and <int64_t>g.c % ALIGN == 0)
     g.threads = team_size() if <double>g.m * g.n * g.k * g.batch > SMALL else 1
@@ -127,8 +127,7 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
 cdef void share_out(Gemm* g, int64_t nb) noexcept nogil:
     """Cuts C into blocks for the tasks: at most mb rows, nb columns unless B is packed for all."""
     cdef int64_t mr = g.mr, nr = g.nr, tasks
-    # Neither the scale nor a nonzero result (at least the scale) may be subnormal.
-    g.fast = -126 <= g.exponent <= 127 and not g.wide
+    g.fast = not g.wide
     g.carry = g.kb < g.k or (g.digits and g.by.mirrored)
     g.mb = min(g.mb, round_up(max(g.m, <int64_t>1), mr))
     g.m_blocks = (g.m + g.mb - 1) // g.mb
@@ -169,7 +168,8 @@ cdef void size_sums(Gemm* g, int64_t element) noexcept nogil:
 
 cdef void size_scratch(Gemm* g, int64_t column_bytes) noexcept nogil:
     """From a_bytes, b_bytes and acc_bytes; a packed column of B takes `column_bytes`."""
-    g.task_bytes = (g.a_bytes + g.b_bytes + g.acc_bytes
+    g.scale_bytes = round_up((g.mb + g.nb) * sizeof(float), ALIGN)
+    g.task_bytes = (g.a_bytes + g.b_bytes + g.acc_bytes + g.scale_bytes
                     + round_up(g.mr * g.nr * sizeof(float), ALIGN))
     g.shared_bytes = 0
     if g.splits > 1:
@@ -226,8 +226,31 @@ cdef void pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
     cdef int64_t panels = (g.n + g.nr - 1) // g.nr
     cdef int64_t n0 = i % panels * g.nr
-    pack_b_panel(&g.b, g.b.data + i // panels * g.b_batch, n0, min(g.nr, g.n - n0), g.nr,
-                 0, g.k, <int16_t*>g.scratch + i * g.nr * round_up(g.k, 2))
+    pack_b(g, i // panels, n0, min(g.nr, g.n - n0), 0, g.k,
+           <int16_t*>g.scratch + i * g.nr * round_up(g.k, 2))
+
+
+cdef void pack_b(Gemm* g, int64_t item, int64_t n0, int64_t nc, int64_t k0, int64_t kc,
+                 int16_t* to) noexcept nogil:
+    """A panel of B, aligned."""
+    cdef Shifts* s = &g.exponents.shifts
+    cdef int64_t k = k0, end = k0 + kc, pairs
+    cdef int first, second
+    pack_b_panel(&g.b, g.b.data + item * g.b_batch, n0, nc, g.nr, k0, kc, to)
+    if s.shift == NULL:
+        return
+    while k < end:
+        first = second = shift_of(s, item, k)
+        # Pairs up to the end of a group, or one whose second product is of the next.
+        pairs = (min(end, (k // s.per + 1) * s.per) - k) // 2
+        if pairs == 0:
+            pairs = 1
+            if k + 1 < end:
+                second = shift_of(s, item, k + 1)
+        if first or second:
+            kernel.align_pairs(to, pairs * g.nr, first, second)
+        to += pairs * 2 * g.nr
+        k += 2 * pairs
 
 
 # The part of C a task computes, and where its sums wait.
@@ -236,22 +259,32 @@ cdef struct Block:
     float* c
     char* acc
     float* spare                # one tile, for results that do not fill a tile of C
+    float* row_scale            # as the microkernel wants them; 0 where only round_tile can,
+    float* column_scale         # or NULL
+    bint careful                # which some are
     bint first, last            # is this the first, the last block of K?
     bint flush                  # does hi have to be emptied after it?
     int64_t since_flush         # products summed since it was
 
 
 cdef void locate_block(Gemm* g, int64_t i, char* mine, Block* block) noexcept nogil:
-    """Finds the i-th block of C and where its sums wait; `mine` is the thread's scratch."""
+    """Finds the i-th block of C, its scales and where its sums wait; `mine` is the thread's
+    scratch."""
     cdef int64_t n_block = i % g.n_blocks, m_block = i // g.n_blocks % g.m_blocks
     block.item = i // g.n_blocks // g.m_blocks
     block.m0, block.n0 = m_block * g.mb, n_block * g.nb
     block.mc, block.nc = min(g.mb, g.m - block.m0), min(g.nb, g.n - block.n0)
     block.c = g.c + block.item * g.c_batch
     block.spare = <float*>(mine + g.a_bytes + g.b_bytes)
-    block.acc = <char*>block.spare + round_up(g.mr * g.nr * sizeof(float), ALIGN)
+    block.row_scale = <float*>(<char*>block.spare + round_up(g.mr * g.nr * sizeof(float), ALIGN))
+    block.acc = <char*>block.row_scale + g.scale_bytes
     if g.splits > 1:
         block.acc = g.scratch + i * g.splits * g.acc_bytes
+    block.column_scale = NULL
+    if g.exponents.column.e != NULL:
+        block.column_scale = block.row_scale + g.mb
+    block.careful = find_scales(&g.exponents, block.item, block.m0, block.mc, round_up(
+        block.mc, g.mr), block.row_scale, block.n0, block.nc, block.column_scale)
 
 
 cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
@@ -284,8 +317,8 @@ cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
                      * round_up(g.k, 2) * nr)
             else:
                 b = b_pack
-                pack_b_panel(&g.b, g.b.data + block.item * g.b_batch, block.n0 + panel * nr,
-                             min(nr, block.nc - panel * nr), nr, k0, kc, b_pack)
+                pack_b(g, block.item, block.n0 + panel * nr, min(nr, block.nc - panel * nr), k0,
+                       kc, b_pack)
             multiply_panel(g, &block, &a, b, panel, pairs,
                            min(round_up(g.segment, 2) // 2, pairs))
         if block.flush:
@@ -305,7 +338,8 @@ cdef void add_splits_task(void* work, int64_t i, int thread) noexcept nogil:
             if g.digits and g.by.mirrored:
                 round_mirrored(g, &block, panel, t)
                 continue
-            round_tile(g, block.acc + (panel * (g.mb // mr) + t) * g.tile_bytes, block.spare)
+            round_tile(g, &block, t * mr, panel * nr,
+                       block.acc + (panel * (g.mb // mr) + t) * g.tile_bytes)
             store_tile(g, &block, t * mr, panel * nr, min(mr, block.mc - t * mr),
                        min(nr, block.nc - panel * nr))
 
@@ -314,13 +348,15 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
                          int64_t pairs, int64_t segment) noexcept nogil:
     cdef int64_t mr = g.mr, nr = g.nr, tiles = (block.mc + mr - 1) // mr
     cdef int64_t t, rows, cols = min(nr, block.nc - panel * nr)
-    cdef bint direct
+    cdef bint direct, fast
     cdef char* acc
     cdef dfp_tile tile
     tile.row_stride, tile.pair_stride = a.row_stride, a.pair_stride
     tile.b = b
     tile.pairs, tile.segment, tile.chain = pairs, segment, (g.chain + 1) // 2
-    tile.scale = <float>g.scale
+    tile.column_scale = NULL
+    if block.column_scale != NULL:
+        tile.column_scale = block.column_scale + panel * nr
     for t in range(tiles):
         rows = min(mr, block.mc - t * mr)
         acc = block.acc + ((panel * (g.mb // mr) + t) * g.tile_bytes if g.carry else 0)
@@ -328,7 +364,9 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         tile.rows = rows
         tile.acc = <int32_t*>acc
         tile.resume = not block.first
-        direct = g.fast and rows == mr and cols == nr and not g.scattered
+        tile.row_scale = block.row_scale + t * mr
+        fast = is_fast(g, block, t * mr, panel * nr)
+        direct = fast and rows == mr and cols == nr and not g.scattered
         tile.c = NULL
         tile.ldc = nr
         tile.stream = False
@@ -336,15 +374,30 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
             tile.c = block.c + (block.m0 + t * mr) * g.ldc + block.n0 + panel * nr
             tile.ldc = g.ldc
             tile.stream = g.stream
-        elif block.last and g.fast:
+        elif block.last and fast:
             tile.c = block.spare
         g.multiply(&tile)
         if g.wide and (block.first or block.flush):
             widen(g, acc, block.first, block.flush)
-        if block.last and not g.fast:
-            round_tile(g, acc, block.spare)
+        if block.last and not fast:
+            round_tile(g, block, t * mr, panel * nr, acc)
         if block.last and not direct:
             store_tile(g, block, t * mr, panel * nr, rows, cols)
+
+
+cdef inline bint is_fast(Gemm* g, const Block* block, int64_t m, int64_t n) noexcept nogil:
+    """May a tile be scaled by the microkernel?"""
+    cdef int64_t i
+    if not g.fast or not block.careful:
+        return g.fast
+    for i in range(m, min(m + g.mr, block.mc)):
+        if block.row_scale[i] == 0:
+            return False
+    if block.column_scale != NULL:
+        for i in range(n, min(n + g.nr, block.nc)):
+            if block.column_scale[i] == 0:
+                return False
+    return True
 
 
 cdef inline int64_t* wide_sums(Gemm* g, char* acc) noexcept nogil:
@@ -373,19 +426,31 @@ cdef void widen(Gemm* g, char* acc, bint first, bint flush) noexcept nogil:
         memset(acc, 0, <char*>wide - acc)
 
 
-cdef void round_tile(Gemm* g, char* acc, float* out) noexcept nogil:
-    """Rounds a tile's sums the careful way: any exponent, any length of K, any number of splits."""
-    cdef int64_t i, split, total
+cdef void round_tile(Gemm* g, Block* block, int64_t m, int64_t n, char* acc) noexcept nogil:
+    """Rounds the sums of the tile at (m, n) of a block into block.spare the careful way: any
+    exponent, any length of K, any number of splits."""
+    cdef int64_t i, split, total, columns = g.tile_values // g.mr
+    cdef int64_t row = -1, e = 0
+    cdef bint by_column = g.exponents.column.e != NULL
+    cdef double scale = 0
+    cdef float* out = block.spare
     for i in range(g.tile_values):
+        if i % columns == 0:
+            row = min(block.m0 + m + i // columns, g.m - 1)
+            e = row_exponent(&g.exponents, block.item, row)
+            scale = scale_of(e)
+        if by_column:
+            scale = scale_of(added(e, column_exponent(
+                &g.exponents, block.item, min(block.n0 + n + i % columns, g.n - 1))))
         if g.spill:
-            out[i] = <float>((<float*>acc)[i] * g.scale)
+            out[i] = <float>((<float*>acc)[i] * scale)
             continue
         total = 0
         for split in range(g.splits):
             total += narrow_sum(g, acc + split * g.acc_bytes, i)
             if g.wide:
                 total += wide_sums(g, acc + split * g.acc_bytes)[i]
-        out[i] = dfp_round(total, g.scale)
+        out[i] = dfp_round(total, scale)
 
 
 cdef void store_tile(Gemm* g, Block* block, int64_t m, int64_t n, int64_t rows,
@@ -408,8 +473,12 @@ cdef inline int64_t row_of_c(Gemm* g, int64_t row) noexcept nogil:
 
 
 cdef void clear_block(Gemm* g, Block* block) noexcept nogil:
-    """An empty sum is zero."""
-    cdef int64_t i
+    """An empty sum is zero, or NaN."""
+    cdef int64_t i, j
+    cdef float* row
     for i in range(block.mc):
-        memset(block.c + row_of_c(g, block.m0 + i) * g.ldc + block.n0, 0,
-               block.nc * sizeof(float))
+        row = block.c + row_of_c(g, block.m0 + i) * g.ldc + block.n0
+        for j in range(block.nc):
+            row[j] = 0 * block.row_scale[i]
+            if block.column_scale != NULL:
+                row[j] *= block.column_scale[j]

@@ -1,4 +1,8 @@
-# float32 -> (mantissas, exponent) and back: numerics.md, "Quantise".
+# float32 -> (mantissas, exponents) and back: numerics.md, "From float32".
+#
+# The tensor is `groups` groups of n elements, with an exponent each. A task reads some of them for
+# their largest values and, while they are in a cache, writes their mantissas; of groups too large,
+# or too few for all threads, it takes pieces: all are read first, then all are written.
 
 cdef enum Rounding:
     NEAREST
@@ -7,73 +11,233 @@ cdef enum Rounding:
 
 cdef enum:
     NAN_EXPONENT = -2147483647 - 1
-    QUANTIZE_CHUNKS = 256       # at most; a chunk is one task
-    QUANTIZE_CHUNK = 131072     # at least this many elements: 20 us of work
+    QUANTIZE_CHUNK = 131072     # a task's elements, at least: 20 us of work
+    QUANTIZE_GROUP = 524288     # of a group that stays in a cache while it is read twice
+    SHORT_GROUPS = 1024         # groups of few elements at a time
+    TELLING = 64                # elements that are not zero, fewer of which tell nothing
 
 cdef struct Quantize:
     const float* x
-    int64_t n
+    int64_t groups, n
     int bits
     Rounding rounding
-    bint given                  # is the exponent given?
-    int64_t exponent
+    const int32_t* given        # the exponents, if they are
     uint32_t key[2]
     uint64_t step
     int16_t* q
+    int32_t* e
+    # What is counted, if it is: as by dfp_kernel.count, for the tensor, and for each group where
+    # groups are taken in pieces; and the group that lost most, see `weigh`.
+    bint counting
+    int64_t counts[3]
+    int64_t* group_counts
+    uint64_t worst
     # The state of a run.
-    int64_t chunk
+    int64_t pieces, piece       # of a group, and their elements
+    int64_t block               # groups of a task
     bint stream
-    uint32_t most[QUANTIZE_CHUNKS]
 
 
 cdef inline int qmax_of(int64_t bits) noexcept nogil:
     return (1 << (bits - 1)) - 1
 
 
-cdef void absmax_task(void* work, int64_t i, int thread) noexcept nogil:
+cdef inline int clamp_exponent(int32_t e) noexcept nogil:
+    """Beyond +-252 every element clamps, or rounds to what it rounds to there."""
+    return max(-252, min(252, e))
+
+
+cdef inline int32_t exponent_of(const Quantize* z, int64_t group, uint32_t most) noexcept nogil:
+    """The exponent of a group from the bits of its largest magnitude."""
+    if most >= 0x7f800000u:
+        return NAN_EXPONENT
+    if z.given != NULL:
+        return z.given[group]
+    return floor_log2(max(most, 1u)) - (z.bits - 2)
+
+
+cdef void round_group(Quantize* z, int64_t group, int64_t first, int64_t n,
+                      bint stream) noexcept nogil:
+    """Writes n mantissas of a group from element `first` on."""
+    cdef int64_t at = group * z.n + first
+    cdef int32_t e = z.e[group]
+    cdef int power, power1
+    if e == NAN_EXPONENT:
+        memset(z.q + at, 0, n * sizeof(int16_t))
+        return
+    e = clamp_exponent(e)
+    if z.rounding == STOCHASTIC:
+        kernel.stochastic(z.x + at, 1, n, at, &e, qmax_of(z.bits), z.key, z.step, z.q + at)
+        return
+    power = -e
+    power1 = max(-126, min(126, power))
+    kernel.quantize(z.x + at, n, <float>ldexp(1.0, power1), <float>ldexp(1.0, power - power1),
+                    <float>qmax_of(z.bits), z.rounding == TRUNCATE, stream, z.q + at)
+
+
+cdef void round_short_groups(Quantize* z, int64_t first, int64_t count) noexcept nogil:
+    """Writes the mantissas of up to SHORT_GROUPS groups of few elements."""
+    cdef int32_t e[SHORT_GROUPS]
+    cdef int64_t at = first * z.n, g
+    cdef bint nan = False
+    if z.n == 0:
+        return
+    for g in range(count):
+        nan |= z.e[first + g] == NAN_EXPONENT
+        e[g] = clamp_exponent(z.e[first + g])
+    if z.rounding == STOCHASTIC:
+        kernel.stochastic(z.x + at, count, z.n, at, e, qmax_of(z.bits), z.key, z.step, z.q + at)
+    else:
+        kernel.quantize_groups(z.x + at, count, z.n, e, <float>qmax_of(z.bits),
+                               z.rounding == TRUNCATE, z.q + at)
+    if nan:
+        for g in range(first, first + count):
+            if z.e[g] == NAN_EXPONENT:
+                memset(z.q + g * z.n, 0, z.n * sizeof(int16_t))
+
+
+cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
+    """Whole groups, read and written in one go."""
     cdef Quantize* z = <Quantize*>work
-    cdef int64_t first = i * z.chunk
-    z.most[i] = kernel.absmax_bits(z.x + first, min(z.chunk, z.n - first))
+    cdef int64_t g = i * z.block, end = min(z.groups, g + z.block), count
+    cdef int64_t k
+    cdef int64_t counts[3]
+    cdef uint32_t most[SHORT_GROUPS]
+    if z.n <= DFP_SHORT:
+        while g < end:
+            count = min(end - g, <int64_t>SHORT_GROUPS)
+            kernel.absmax_groups(z.x + g * z.n, count, z.n, most)
+            for k in range(count):
+                z.e[g + k] = exponent_of(z, g + k, most[k])
+            round_short_groups(z, g, count)
+            g += count
+    else:
+        while g < end:
+            z.e[g] = exponent_of(z, g, kernel.absmax_bits(z.x + g * z.n, z.n))
+            round_group(z, g, 0, z.n, z.stream)
+            g += 1
+    if z.counting:
+        for g in range(i * z.block, end):
+            memset(counts, 0, sizeof(counts))
+            count_group(z, g, 0, z.n, counts)
+            add_counts(z.counts, counts)
+            weigh(z, counts)
+
+
+cdef void absmax_task(void* work, int64_t i, int thread) noexcept nogil:
+    """A piece of a group. Until all have been read, e holds the bits of the largest magnitude."""
+    cdef Quantize* z = <Quantize*>work
+    cdef int64_t group = i // z.pieces, first = i % z.pieces * z.piece
+    dfp_atomic_max(<uint32_t*>z.e + group, kernel.absmax_bits(
+        z.x + group * z.n + first, min(z.piece, z.n - first)))
 
 
 cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Quantize* z = <Quantize*>work
-    cdef int64_t first = i * z.chunk
-    cdef int64_t n = min(z.chunk, z.n - first)
-    # With |e| above 252 every element clamps, or rounds to what it rounds to at 252.
-    cdef int power = <int>max(-252, min(252, -z.exponent))
-    cdef int power1 = max(-126, min(126, power))
-    if z.rounding == STOCHASTIC:
-        kernel.stochastic(z.x + first, n, first, ldexp(1.0, power), qmax_of(z.bits), z.key,
-                          z.step, z.q + first)
-    else:
-        kernel.quantize(z.x + first, n, <float>ldexp(1.0, power1),
-                        <float>ldexp(1.0, power - power1), <float>qmax_of(z.bits),
-                        z.rounding == TRUNCATE, z.stream, z.q + first)
+    cdef int64_t group = i // z.pieces, first = i % z.pieces * z.piece
+    cdef int64_t n = min(z.piece, z.n - first)
+    cdef int64_t counts[3]
+    round_group(z, group, first, n, z.stream)
+    if z.counting:
+        memset(counts, 0, sizeof(counts))
+        count_group(z, group, first, n, counts)
+        add_counts(z.counts, counts)
+        add_counts(z.group_counts + 3 * group, counts)
 
 
-cdef int32_t quantize(Quantize* z) noexcept nogil:
-    """Fills z.q and returns the exponent."""
-    cdef uint32_t most = 0
-    cdef int64_t i, chunks
+cdef void count_group(Quantize* z, int64_t group, int64_t first, int64_t n,
+                      int64_t* counts) noexcept nogil:
+    """Counts n elements of a group from `first` on, which has been written."""
+    cdef int64_t at = group * z.n + first
+    cdef double limit = qmax_of(z.bits) * scale_of(z.e[group])
+    cdef float below = <float>min(limit, <double>FLT_MAX)
+    if z.e[group] == NAN_EXPONENT:
+        # It is seen otherwise that nothing is left of it.
+        return
+    if below > limit:
+        below = dfp_float_below(below)
+    kernel.count(z.x + at, z.q + at, n, dfp_bits(below), counts)
+
+
+cdef inline void add_counts(int64_t* to, const int64_t* counts) noexcept nogil:
+    cdef int i
+    for i in range(3):
+        dfp_atomic_add(to + i, counts[i])
+
+
+cdef inline void weigh(Quantize* z, const int64_t* counts) noexcept nogil:
+    """Remembers the group with the largest share of elements lost: of its nonzero elements the
+    share in 2**-20 and, in 40 bits, the number."""
+    if counts[1] and counts[0] >= TELLING:
+        dfp_atomic_max64(&z.worst, <uint64_t>(<double>counts[1] / counts[0] * (1 << 20)) << 40
+                         | <uint64_t>counts[0])
+
+
+cdef extern from *:
+    """
+    #include <float.h>
+
+    #define DFP_ATOMIC_MAX(name, type)                                                        \\
+        static inline void name(type *to, type value) {                                       \\
+            type seen = __atomic_load_n(to, __ATOMIC_RELAXED);                                \\
+            while (value > seen &&                                                            \\
+                   !__atomic_compare_exchange_n(to, &seen, value, 1, __ATOMIC_RELAXED,        \\
+                                                __ATOMIC_RELAXED)) {}                         \\
+        }
+    DFP_ATOMIC_MAX(dfp_atomic_max, uint32_t)
+    DFP_ATOMIC_MAX(dfp_atomic_max64, uint64_t)
+    static inline void dfp_atomic_add(int64_t *to, int64_t value) {
+        __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+    }
+    static inline uint32_t dfp_bits(float x) {
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        return bits;
+    }
+    /* Of a positive number, the next one towards zero. */
+    static inline float dfp_float_below(float x) {
+        const uint32_t bits = dfp_bits(x) - 1;
+        memcpy(&x, &bits, sizeof x);
+        return x;
+    }
+    """
+    void dfp_atomic_max(uint32_t* to, uint32_t value) noexcept nogil
+    void dfp_atomic_max64(uint64_t* to, uint64_t value) noexcept nogil
+    void dfp_atomic_add(int64_t* to, int64_t value) noexcept nogil
+    uint32_t dfp_bits(float x) noexcept nogil
+    float dfp_float_below(float x) noexcept nogil
+    const float FLT_MAX
+
+
+cdef inline bint in_pieces(const Quantize* z) noexcept nogil:
+    return z.n > QUANTIZE_GROUP or (z.groups < 2 * team_size() and z.n > QUANTIZE_CHUNK)
+
+
+cdef void quantize(Quantize* z) noexcept nogil:
+    """Fills z.q and z.e; z.group_counts, if it is needed, is room for its counts."""
     cdef int threads = team_size()
-    z.chunk = max(<int64_t>QUANTIZE_CHUNK, (z.n + QUANTIZE_CHUNKS - 1) // QUANTIZE_CHUNKS)
-    z.chunk = (z.chunk + 1023) // 1024 * 1024
-    chunks = (z.n + z.chunk - 1) // z.chunk
-    z.stream = z.n * sizeof(int16_t) >= STREAM and <int64_t>z.q % ALIGN == 0
-    parallel_for(absmax_task, z, chunks, threads)
-    for i in range(chunks):
-        most = max(most, z.most[i])
-    if most >= 0x7f800000u or (z.given and z.exponent == NAN_EXPONENT):
-        memset(z.q, 0, z.n * sizeof(int16_t))
-        return NAN_EXPONENT
-    if not z.given:
-        if most == 0:
-            memset(z.q, 0, z.n * sizeof(int16_t))
-            return 0
-        z.exponent = floor_log2(most) - (z.bits - 2)
-    parallel_for(round_task, z, chunks, threads)
-    return <int32_t>z.exponent
+    cdef int64_t g, total = z.groups * z.n
+    memset(z.counts, 0, sizeof(z.counts))
+    z.worst = 0
+    z.stream = (total * sizeof(int16_t) >= STREAM and <int64_t>z.q % ALIGN == 0
+                and (z.groups == 1 or z.n * sizeof(int16_t) % ALIGN == 0))
+    if not in_pieces(z):
+        z.block = max(<int64_t>1, QUANTIZE_CHUNK // max(z.n, <int64_t>1))
+        parallel_for(groups_task, z, (z.groups + z.block - 1) // z.block, threads)
+        return
+    z.pieces = (z.n + QUANTIZE_CHUNK - 1) // QUANTIZE_CHUNK
+    z.piece = round_up((z.n + z.pieces - 1) // z.pieces, 1024)
+    z.pieces = (z.n + z.piece - 1) // z.piece
+    memset(z.e, 0, z.groups * sizeof(int32_t))
+    if z.counting:
+        memset(z.group_counts, 0, z.groups * 3 * sizeof(int64_t))
+    parallel_for(absmax_task, z, z.groups * z.pieces, threads)
+    for g in range(z.groups):
+        z.e[g] = exponent_of(z, g, (<uint32_t*>z.e)[g])
+    parallel_for(round_task, z, z.groups * z.pieces, threads)
+    if z.counting:
+        for g in range(z.groups):
+            weigh(z, z.group_counts + 3 * g)
 
 
 cdef inline int floor_log2(uint32_t bits) noexcept nogil:
@@ -90,35 +254,37 @@ cdef inline int floor_log2(uint32_t bits) noexcept nogil:
 
 cdef struct Dequantize:
     const int16_t* q
-    int64_t n, chunk
-    double scale
+    const int32_t* e
+    int64_t n                   # elements of a group
+    int64_t total, chunk
     float* y
 
 
 cdef void dequantize_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Dequantize* z = <Dequantize*>work
-    cdef int64_t k
-    for k in range(i * z.chunk, min(z.n, (i + 1) * z.chunk)):
-        z.y[k] = <float>(z.q[k] * z.scale) if z.q[k] else 0.0
+    cdef int64_t k = i * z.chunk, end = min(z.total, k + z.chunk), stop
+    cdef double scale
+    while k < end:
+        stop = min(end, (k // z.n + 1) * z.n)
+        scale = scale_of(z.e[k // z.n])
+        while k < stop:
+            z.y[k] = <float>(z.q[k] * scale)
+            k += 1
 
 
-cdef void dequantize(const int16_t* q, int32_t e, int64_t n, float* y) noexcept nogil:
+cdef void dequantize(const int16_t* q, const int32_t* e, int64_t groups, int64_t total,
+                     float* y) noexcept nogil:
     """y = RN32(q * 2**e)"""
     cdef Dequantize z
-    if e == NAN_EXPONENT:
-        fill_nan(y, n)
+    if total == 0:
         return
-    z.q, z.y, z.n, z.scale = q, y, n, scale_of(e)
-    z.chunk = max(<int64_t>QUANTIZE_CHUNK, (n + QUANTIZE_CHUNKS - 1) // QUANTIZE_CHUNKS)
-    parallel_for(dequantize_task, &z, (n + z.chunk - 1) // z.chunk, team_size())
+    z.q, z.e, z.y, z.n, z.total = q, e, y, total // groups, total
+    z.chunk = QUANTIZE_CHUNK
+    parallel_for(dequantize_task, &z, (total + z.chunk - 1) // z.chunk, team_size())
 
 
 cdef inline double scale_of(int64_t e) noexcept nogil:
     """2**e; beyond +-960 every nonzero int64 times it is Inf or rounds to zero in float32."""
+    if e == NAN_EXPONENT:
+        return NAN
     return ldexp(1.0, <int>max(-960, min(960, e)))
-
-
-cdef inline void fill_nan(float* y, int64_t n) noexcept nogil:
-    cdef int64_t i
-    for i in range(n):
-        y[i] = NAN

@@ -265,16 +265,17 @@ amx_round(__m512i hh, __m512i mid, __m512i ll, const int d, __m512 scale) {
 
 AMX_TARGET static inline __attribute__((always_inline)) void
 amx_finish_rows(dfp_digit_rows *e, int64_t count) {
-    const __m512 scale = _mm512_set1_ps(e->scale);
     const int64_t end = e->next + count < e->rows ? e->next + count : e->rows;
     for (int64_t i = e->next; i < end; i++) {
         if (e->row[i] < 0) continue;
+        const __m512 scale = _mm512_set1_ps(e->row_scale[i]);
         for (int j = 0; j < 2; j++) {
             const int32_t *s = e->sums + i * 32 + j * 16;
             const __m512i hh = _mm512_load_si512(s), mid = _mm512_load_si512(s + 1024);
             const __m512i ll = _mm512_load_si512(s + 2048);
-            const __m512 y = e->products == 3 ? amx_round(hh, mid, ll, 7, scale)
-                                              : amx_round(hh, mid, ll, 8, scale);
+            __m512 y = e->products == 3 ? amx_round(hh, mid, ll, 7, scale)
+                                        : amx_round(hh, mid, ll, 8, scale);
+            if (e->column_scale) y = _mm512_mul_ps(y, _mm512_loadu_ps(e->column_scale + j * 16));
             float *c = e->c + e->row[i] + j * 16;
             const int64_t left = e->cols - j * 16;
             if (left >= 16 && e->stream) _mm512_stream_ps(c, y);
@@ -290,7 +291,7 @@ AMX_TARGET static void finish_s8__amx(dfp_digit_rows *pending) {
 }
 
 AMX_TARGET static void finish_transposed_s8__amx(const dfp_digit_rows *e, int64_t ldc) {
-    const __m512 scale = _mm512_set1_ps(e->scale);
+    const __m512 scale = _mm512_set1_ps(*e->row_scale);
     for (int64_t i = 0; i < e->rows; i += 16)
         for (int64_t j = 0; j < e->cols; j += 16) {
             const int64_t left = e->rows - i;

@@ -22,8 +22,8 @@
                 EACH acc[i] = 0;                                                          \
             }                                                                             \
         }                                                                                 \
-        if (whole) EACH y[i] = (float)acc[i] * scale;                                     \
-        else EACH y[i] = dfp_round(wide[i] + acc[i], t->scale);                           \
+        if (whole) EACH y[i] = (float)acc[i] * (float)t->scale[m];                        \
+        else EACH y[i] = dfp_round(wide[i] + acc[i], t->scale[m]);                        \
     }
 
 #define PATCH_WIDTH(size)                                                                 \
@@ -43,7 +43,6 @@
 
 TARGET static void DFP_CAT(patch_plain__, ISA)(const dfp_patch *t) {
     const int whole = !t->careful && t->terms <= 2 * t->chain;
-    const float scale = (float)t->scale;
     int64_t c = 0;
     PATCH_WIDTH(32)
     PATCH_WIDTH(8)
@@ -159,11 +158,11 @@ TARGET static void DFP_CAT(depthwise_dots__, ISA)(const dfp_patch *t) {
                 const int64_t c = next + 2 * LANES <= t->n ? next : t->n - 2 * LANES;     \
                 const int64_t at = m * t->x_item + h * t->x_row + p * t->x_step + c;      \
                 float *y = t->y + m * t->y_item + h * t->y_row + p * t->y_step + c;       \
+                const VF scale = F_SET1((float)t->scale[m]);                              \
                 if (p + 4 <= t->pixels) SUM_PIXELS(4, carried) else SUM_PIXELS(1, carried) \
             }
 
 TARGET static void DFP_CAT(depthwise_patch__, ISA)(const dfp_patch *t) {
-    const VF scale = F_SET1((float)t->scale);
     if (t->careful || t->n < 2 * LANES) DFP_CAT(patch_plain__, ISA)(t);
     else if ((t->terms + 1) / 2 <= t->chain) PATCH(0)
     else PATCH(1)

@@ -43,6 +43,122 @@ TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, f
     DFP_CAT(quantize_block__, ISA)(x + i, n - i, factor, factor2, qmax, truncate, q + i);
 }
 
+/* Groups of few elements: so many at a time, and room for vectors that reach beyond them. */
+#define SHORT_BLOCK 1024
+#define SHORT_ROOM (SHORT_BLOCK + 2 * DFP_SHORT)
+
+TARGET static void DFP_CAT(absmax_groups__, ISA)(const float *x, int64_t groups, int64_t n,
+                                                 uint32_t *most) {
+    if (n == 0) {
+        memset(most, 0, groups * sizeof *most);
+        return;
+    }
+    const int64_t block = SHORT_BLOCK / n;
+    for (int64_t first = 0; first < groups; first += block) {
+        const int64_t count = groups - first < block ? groups - first : block;
+        uint32_t bits[SHORT_ROOM];
+        memcpy(bits, x + first * n, count * n * sizeof *bits);
+        memset(bits + count * n, 0, (SHORT_ROOM - count * n) * sizeof *bits);
+        for (int i = 0; i < SHORT_BLOCK; i++) bits[i] &= 0x7fffffffu;
+        /* bits[i] becomes the maximum of `width` elements from i on, until that is a group. */
+        for (int64_t width = 1; width < n;) {
+            const int64_t step = 2 * width <= n ? width : n - width;
+            for (int i = 0; i < SHORT_BLOCK; i++) {
+                const uint32_t b = bits[i + step];
+                bits[i] = b > bits[i] ? b : bits[i];
+            }
+            width += step;
+        }
+        for (int64_t g = 0; g < count; g++) most[first + g] = bits[g * n];
+    }
+}
+
+TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t groups, int64_t n,
+                                                   const int32_t *e, float qmax, int truncate,
+                                                   int16_t *q) {
+    const float magic = truncate ? 0.0f : 12582912.0f;
+    const int64_t block = SHORT_BLOCK / n;
+    for (int64_t first = 0; first < groups; first += block) {
+        const int64_t count = groups - first < block ? groups - first : block;
+        int32_t power[SHORT_ROOM];
+        float in[SHORT_BLOCK];
+        int16_t out[SHORT_BLOCK];
+        /* A group's exponent in the place of each of its elements; what is written beyond is
+         * overwritten by the next. */
+        for (int64_t g = 0; g < count; g++)
+            for (int i = 0; i < (n <= 8 ? 8 : 32); i++) power[g * n + i] = -e[first + g];
+        memset(power + count * n, 0, (SHORT_ROOM - count * n) * sizeof *power);
+        memcpy(in, x + first * n, count * n * sizeof *in);
+        memset(in + count * n, 0, (SHORT_BLOCK - count * n) * sizeof *in);
+        for (int i = 0; i < SHORT_BLOCK; i++) {
+            int32_t one = power[i] > 126 ? 126 : power[i];
+            one = one < -126 ? -126 : one;
+            const union { int32_t bits; float value; } factor = {(one + 127) << 23},
+                rest = {(power[i] - one + 127) << 23};
+            float v = in[i] * factor.value * rest.value;
+            v = v < qmax ? v : qmax;
+            v = v > -qmax ? v : -qmax;
+            v = v + magic - magic;
+            out[i] = (int16_t)(int32_t)v;
+        }
+        memcpy(q + first * n, out, count * n * sizeof *out);
+    }
+}
+
+#undef SHORT_BLOCK
+#undef SHORT_ROOM
+
+TARGET static void DFP_CAT(count__, ISA)(const float *x, const int16_t *q, int64_t n,
+                                         uint32_t limit, int64_t *counts) {
+    enum { BLOCK = 1 << 16 }; /* sums of int32 vectorise */
+    const uint32_t *bits = (const uint32_t *)x;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        const int64_t end = n - at < BLOCK ? n : at + BLOCK;
+        int32_t nonzero = 0, lost = 0, clamped = 0;
+        for (int64_t i = at; i < end; i++) {
+            const uint32_t magnitude = bits[i] & 0x7fffffffu;
+            nonzero += magnitude != 0;
+            lost += (magnitude != 0) & (q[i] == 0);
+            clamped += magnitude > limit;
+        }
+        counts[0] += nonzero;
+        counts[1] += lost;
+        counts[2] += clamped;
+    }
+}
+
+/* Half of the last bit, less than half where that bit is even; nothing is shifted by 0. */
+#define ALIGNED(v, shift, half, one) (((v) + (half) + ((v) >> (shift) & (one))) >> (shift))
+
+TARGET static void DFP_CAT(align_s16__, ISA)(const int16_t *from, int64_t n, int shift,
+                                             int16_t *to) {
+    const int32_t one = shift > 0, half = one ? (1 << (shift - 1)) - 1 : 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t v = from[i];
+        to[i] = (int16_t)ALIGNED(v, shift, half, one);
+    }
+}
+
+TARGET static void DFP_CAT(align_pairs_s16__, ISA)(int16_t *pairs, int64_t count, int first,
+                                                   int second) {
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    const int low = second, high = first;
+#else
+    const int low = first, high = second;
+#endif
+    const int32_t low_one = low > 0, low_half = low_one ? (1 << (low - 1)) - 1 : 0;
+    const int32_t high_one = high > 0, high_half = high_one ? (1 << (high - 1)) - 1 : 0;
+    pair_s16 *p = (pair_s16 *)pairs;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t both = p[i];
+        const int32_t l = (int32_t)(both << 16) >> 16, h = (int32_t)both >> 16;
+        p[i] = (uint32_t)ALIGNED(h, high, high_half, high_one) << 16 |
+               ((uint32_t)ALIGNED(l, low, low_half, low_one) & 0xffffu);
+    }
+}
+
+#undef ALIGNED
+
 /* So many that the compiler makes vectors of the loop rather than unrolling it. */
 #define COUNTERS 64
 
@@ -69,29 +185,41 @@ TARGET static inline void DFP_CAT(philox__, ISA)(uint64_t first, uint64_t step,
     }
 }
 
-TARGET static void DFP_CAT(stochastic_f32_s16__, ISA)(const float *x, int64_t n, int64_t index,
-                                                      double factor, double qmax,
-                                                      const uint32_t *key, uint64_t step,
-                                                      int16_t *q) {
+TARGET static void DFP_CAT(stochastic_f32_s16__, ISA)(const float *x, int64_t groups, int64_t n,
+                                                      int64_t index, const int32_t *e,
+                                                      double qmax, const uint32_t *key,
+                                                      uint64_t step, int16_t *q) {
     enum { BLOCK = 4 * COUNTERS };
     uint32_t words[4][COUNTERS], noise[BLOCK];
     float in[BLOCK] = {0};
+    double factor[BLOCK];
     int16_t out[BLOCK];
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        const int64_t left = n - at < BLOCK ? n - at : BLOCK;
+    const int64_t total = groups * n;
+    int64_t group = 0, end = n; /* where the group ends that `filled` has come to */
+    for (int i = 0; i < BLOCK; i++) factor[i] = 1.0;
+    /* Counters come in fours. */
+    for (int64_t at = 0, skip = index % 4; at < total; skip = 0) {
+        const int64_t left = total - at < BLOCK - skip ? total - at : BLOCK - skip;
         DFP_CAT(philox__, ISA)((uint64_t)(index + at) / 4, step, key, words);
         for (int i = 0; i < COUNTERS; i++)
             for (int w = 0; w < 4; w++) noise[4 * i + w] = words[w][i];
-        memcpy(in, x + at, left * sizeof *in);
+        memcpy(in + skip, x + at, left * sizeof *in);
+        for (int64_t filled = at; filled < at + left;) {
+            if (filled == end) group++, end += n;
+            const int64_t stop = end < at + left ? end : at + left;
+            const double power = __builtin_ldexp(1.0, -e[group]);
+            for (; filled < stop; filled++) factor[skip + filled - at] = power;
+        }
         /* The noise has 24 bits, so the sum is exact where it matters: within 2**-24 of an integer
          * a double holds every bit of it. */
         for (int i = 0; i < BLOCK; i++) {
-            double v = in[i] * factor + (int32_t)(noise[i] >> 8) * 5.9604644775390625e-08;
+            double v = in[i] * factor[i] + (int32_t)(noise[i] >> 8) * 5.9604644775390625e-08;
             v = v < qmax ? v : qmax;
             v = v > -qmax ? v : -qmax;
             out[i] = (int16_t)(int32_t)__builtin_floor(v);
         }
-        memcpy(q + at, out, left * sizeof *out);
+        memcpy(q + at, out + skip, left * sizeof *out);
+        at += left;
     }
 }
 
@@ -251,7 +379,9 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
 /* Their part of a dfp_kernel. */
 #define DFP_LOOPS                                                                        \
     DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),                       \
-        DFP_CAT(stochastic_f32_s16__, ISA),                                              \
+        DFP_CAT(absmax_groups__, ISA), DFP_CAT(quantize_groups__, ISA),                  \
+        DFP_CAT(stochastic_f32_s16__, ISA), DFP_CAT(count__, ISA),                  \
+        DFP_CAT(align_s16__, ISA), DFP_CAT(align_pairs_s16__, ISA),                      \
         DFP_CAT(interleave_s16__, ISA), DFP_CAT(copy_rows_s16__, ISA),                   \
         DFP_CAT(depthwise_patch__, ISA), DFP_CAT(depthwise_dots__, ISA),                 \
         DFP_CAT(depthwise_spill__, ISA), DFP_CAT(statistics_f32__, ISA),                 \

@@ -18,9 +18,10 @@
  *        from acc (one float tile [mr][nr]) if `resume`, else from zero.
  *
  * Output: if `c` is not NULL, all mr x nr values of the sum, rounded once to float32 (exact mode)
- * and times `scale`, a power of two, go to c[i * ldc + j]. The caller guarantees that |v|, and
- * every sum of some of its products, is below 2**47, and that neither scale nor a nonzero result
- * is subnormal. If `c` is NULL, the sum goes to acc.
+ * and times row_scale[i] and, unless column_scale is NULL, column_scale[j], powers of two, go to
+ * c[i * ldc + j]. The caller guarantees that |v|, and every sum of some of its products, is below
+ * 2**47, and that neither a scale nor a nonzero result of either multiplication is subnormal or too
+ * large. A scale may be NaN, and so is then what it multiplies. If `c` is NULL, the sum goes to acc.
  *        With `stream`, c and ldc are multiples of 64 bytes, and the stores may go past the caches.
  */
 #ifndef DFP_MICROKERNEL_H
@@ -37,7 +38,7 @@ typedef struct {
     int32_t *acc;
     float *c;
     int64_t ldc;
-    float scale;
+    const float *row_scale, *column_scale;
     int stream;
 } dfp_tile;
 
@@ -48,10 +49,10 @@ typedef void (*dfp_multiply)(const dfp_tile *);
  * image) reads the row at x[k] + m * x_item + h * x_row + p * x_step. A chain of `chain` pairs of
  * terms (`dots`: of pixels) sums to no more than 2**31 - 1 - 65535 in magnitude.
  *
- * patch: y[m * y_item + h * y_row + p * y_step + c] = RN32(scale * sum over k of
- *        x[k][..][c] * w[k][c]); scale is a power of two. Unless `careful`, |sum| < 2**47, and
- *        neither scale nor a nonzero result is subnormal. If all terms are one chain, it may be as
- *        large as 2**31 - 1. With `stream`, y, its steps and n are multiples of 64 bytes, and the
+ * patch: y[m * y_item + h * y_row + p * y_step + c] = RN32(scale[m] * sum over k of
+ *        x[k][..][c] * w[k][c]); scale[m] is a power of two, or NaN. Unless `careful`,
+ *        |sum| < 2**47, and neither scale nor a nonzero result is subnormal. If all terms are one
+ *        chain, it may be as large as 2**31 - 1. With `stream`, y, its steps and n are multiples of 64 bytes, and the
  *        stores may go past the caches.
  *        A row of pixels lower, terms `fresh` to `fresh_end` - 1 read what nothing has read before.
  * dots:  sums[k][c] += sum over m, h, p of x[k][..][c] * dy[m * y_item + .. + c]; a call adds less
@@ -64,7 +65,7 @@ typedef struct {
     int64_t fresh, fresh_end;
     const int16_t **w;
     float *y;
-    double scale;
+    const double *scale;
     int careful, stream;
     const int16_t *dy;
     int64_t **sums;
@@ -126,14 +127,14 @@ typedef struct {
     int32_t *sums;
 } dfp_digit_tile;
 
-/* Rows of a tile whose sums are complete: row i, rounded once and times `scale`, goes to
- * c[row[i] + j], j < cols, unless row[i] is negative. `scale` and `stream` as in dfp_tile. */
+/* Rows of a tile whose sums are complete: row i, rounded once and scaled, goes to c[row[i] + j],
+ * j < cols, unless row[i] is negative. Scales and `stream` as in dfp_tile. */
 typedef struct {
     const int32_t *sums;
     float *c;
     const int64_t *row;
     int64_t next, rows, cols;
-    float scale;
+    const float *row_scale, *column_scale;
     int products, stream;
 } dfp_digit_rows;
 
@@ -162,9 +163,12 @@ typedef struct {
     /* Sums of a tile; on the way it finishes the rows of another one, whose sums it may share. */
     void (*multiply)(const dfp_digit_tile *tile, dfp_digit_rows *pending);
     void (*finish)(dfp_digit_rows *pending);
-    /* The same at once, the tile transposed: column j goes to c[j * ldc + i], i < rows. */
+    /* The same at once, the tile transposed and all of it times *row_scale: column j goes to
+     * c[j * ldc + i], i < rows. */
     void (*finish_transposed)(const dfp_digit_rows *done, int64_t ldc);
 } dfp_digits;
+
+enum { DFP_SHORT = 31 };    /* elements of a group whose overhead would exceed its work */
 
 /* What an instruction set brings; chosen once, when the library is loaded. */
 typedef struct {
@@ -180,10 +184,22 @@ typedef struct {
      * may go past the caches. */
     void (*quantize)(const float *x, int64_t n, float factor, float factor2, float qmax,
                      int truncate, int stream, int16_t *q);
-    /* q[i] = clamp(floor(x[i] * factor + u), -qmax, qmax), u the noise (docs/numerics.md) of
-     * element index + i; index is a multiple of 4. */
-    void (*stochastic)(const float *x, int64_t n, int64_t index, double factor, double qmax,
-                       const uint32_t *key, uint64_t step, int16_t *q);
+    /* The same for groups of n <= DFP_SHORT elements, one after the other: the absmax_bits of each,
+     * and mantissas with an exponent each, which may be anything from -252 to 252. */
+    void (*absmax_groups)(const float *x, int64_t groups, int64_t n, uint32_t *most);
+    void (*quantize_groups)(const float *x, int64_t groups, int64_t n, const int32_t *e, float qmax,
+                            int truncate, int16_t *q);
+    /* q[i] = clamp(floor(x[i] * 2**-e + u), -qmax, qmax), u the noise (docs/numerics.md) of element
+     * index + i, for groups of n elements with an exponent each, from -252 to 252. */
+    void (*stochastic)(const float *x, int64_t groups, int64_t n, int64_t index, const int32_t *e,
+                       double qmax, const uint32_t *key, uint64_t step, int16_t *q);
+    /* Adds to counts[0] how many elements of x are not zero, to counts[1] how many of these have
+     * a mantissa of zero in q, to counts[2] how many have a magnitude whose bits exceed `limit`. */
+    void (*count)(const float *x, const int16_t *q, int64_t n, uint32_t limit, int64_t *counts);
+    /* to[i] = RN(from[i] * 2**-shift), ties to even, 0 <= shift <= 16; `to` may be `from`. */
+    void (*align)(const int16_t *from, int64_t n, int shift, int16_t *to);
+    /* The same in place for `count` pairs: the first of each by `first`, the second by `second`. */
+    void (*align_pairs)(int16_t *pairs, int64_t count, int first, int second);
     /* Pairs for panels of mr, `panel` elements apart: of pair i of the rows p and q, `step` elements
      * from one to the next, out[c / mr * panel + 2 * (i * mr + c % mr) + {0, 1}] =
      * {p[i * step + c], q[i * step + c]}, c < n. The last panel is filled with zeros. */

@@ -40,6 +40,11 @@ static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, p
     memcpy(acc, sum, sizeof sum);
 }
 
+static inline float portable_scaled(const dfp_tile *t, int i, int j, float sum) {
+    sum *= t->row_scale[i];
+    return t->column_scale ? sum * t->column_scale[j] : sum;
+}
+
 static void gemm_s16_exact__portable(const dfp_tile *t) {
     const int tile = PORTABLE_MR * PORTABLE_NR;
     portable_row hi[PORTABLE_MR] = {{0}}, acc[PORTABLE_MR] = {{0}};
@@ -62,7 +67,7 @@ static void gemm_s16_exact__portable(const dfp_tile *t) {
             const int64_t v = ((int64_t)hi[i][2 * j] + hi[i][2 * j + 1]) * 65536 +
                               acc[i][2 * j] + acc[i][2 * j + 1];
             if (t->c) {
-                t->c[i * t->ldc + j] = (float)((double)v * t->scale);
+                t->c[i * t->ldc + j] = portable_scaled(t, i, j, (float)v);
             } else {
                 t->acc[i * PORTABLE_NR + j] = (int32_t)(v >> 16);
                 t->acc[tile + i * PORTABLE_NR + j] = (int32_t)(v & 65535);
@@ -86,7 +91,8 @@ static void gemm_s16_spill__portable(const dfp_tile *t) {
         return;
     }
     for (int i = 0; i < PORTABLE_MR; i++)
-        for (int j = 0; j < PORTABLE_NR; j++) t->c[i * t->ldc + j] = sum[i][j] * t->scale;
+        for (int j = 0; j < PORTABLE_NR; j++)
+            t->c[i * t->ldc + j] = portable_scaled(t, i, j, sum[i][j]);
 }
 
 /* Without a vector instruction to count, the tile itself is the roof. */

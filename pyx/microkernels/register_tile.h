@@ -50,9 +50,14 @@ TARGET static void TILE(gemm_s16_exact)(const dfp_tile *t) {
         }
         return;
     }
-    const VF scale = F_SET1(t->scale);
-    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < TILE_NV; j++)
-        STORE_F(t->c + i * t->ldc + j * LANES, F_MUL(F_ROUND(hi[i][j], acc[i][j]), scale));
+    UNROLL for (int i = 0; i < MR; i++) {
+        const VF scale = F_SET1(t->row_scale[i]);
+        UNROLL for (int j = 0; j < TILE_NV; j++) {
+            VF y = F_MUL(F_ROUND(hi[i][j], acc[i][j]), scale);
+            if (t->column_scale) y = F_MUL(y, F_LOADU(t->column_scale + j * LANES));
+            STORE_F(t->c + i * t->ldc + j * LANES, y);
+        }
+    }
 }
 
 TARGET static void TILE(gemm_s16_spill)(const dfp_tile *t) {
@@ -70,11 +75,19 @@ TARGET static void TILE(gemm_s16_spill)(const dfp_tile *t) {
             UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < TILE_NV; j++)
                 sum[i][j] = F_ADD(sum[i][j], F_FROM(acc[i][j]));
         }
-    float *const out = t->c ? t->c : carried;
-    const int64_t ld = t->c ? t->ldc : NR;
-    const VF scale = F_SET1(t->c ? t->scale : 1.0f);
-    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < TILE_NV; j++)
-        STORE_F(out + i * ld + j * LANES, F_MUL(sum[i][j], scale));
+    if (!t->c) {
+        UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < TILE_NV; j++)
+            F_STOREU(carried + i * NR + j * LANES, sum[i][j]);
+        return;
+    }
+    UNROLL for (int i = 0; i < MR; i++) {
+        const VF scale = F_SET1(t->row_scale[i]);
+        UNROLL for (int j = 0; j < TILE_NV; j++) {
+            VF y = F_MUL(sum[i][j], scale);
+            if (t->column_scale) y = F_MUL(y, F_LOADU(t->column_scale + j * LANES));
+            STORE_F(t->c + i * t->ldc + j * LANES, y);
+        }
+    }
 }
 
 #undef NR

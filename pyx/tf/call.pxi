@@ -91,19 +91,31 @@ cdef void* get_input(Call* c, int i, const char* name, Shape* shape) noexcept no
     return tf.TensorData(t)
 
 
-cdef int32_t get_exponent(Call* c, int i, const char* name) noexcept nogil:
+cdef void get_exponents(Call* c, int i, const char* name, int64_t rows,
+                        Operand* out) noexcept nogil:
+    """The exponents of an operand whose rows number so many: as many as divide them, in order."""
     cdef Shape shape
     cdef char text[400]
     cdef char dims[200]
-    cdef int32_t* e = <int32_t*>get_input(c, i, name, &shape)
+    out.e = <const int32_t*>get_input(c, i, name, &shape)
     if not ok(c):
-        return 0
-    if shape.rank != 0:
-        snprintf(text, sizeof(text), "%s must be a scalar; got shape %s", name,
+        return
+    out.count = elements(shape.dim, shape.rank)
+    if rows == 0 or out.count == 1:
+        # Nothing is looked up where there are no rows.
+        out.per = max(rows, <int64_t>1)
+        if out.count != 1:
+            out.e, out.count = &no_exponent, 1
+    elif out.count == 0 or rows % out.count:
+        snprintf(text, sizeof(text), "%s must hold one exponent, or one for each group of rows: a "
+                 "number that divides %lld; got shape %s", name, <long long>rows,
                  dfp_shape_text(shape.rank, shape.dim, dims, sizeof(dims)))
         fail(c, text)
-        return 0
-    return e[0]
+    else:
+        out.per = rows // out.count
+
+
+cdef int32_t no_exponent
 
 
 cdef inline int64_t elements(const int64_t* dim, int rank) noexcept nogil:
@@ -189,7 +201,9 @@ cdef struct Attrs:
     int64_t a_bits, b_bits          # of the two operands in the order of the op's inputs
     bint spill
     Rounding rounding               # of DfpQuantize
-    int64_t seed, tensor_id
+    int64_t seed, tensor_id, group_axes, n_counts
+    char site[200]
+    int told                        # has its loss been told?
     bint transpose_a, transpose_b   # of DfpMatmul
     int rank                        # of the convolutions: spatial dimensions
     int64_t stride[3]
@@ -223,6 +237,17 @@ cdef inline char first_letter(TF_OpKernelConstruction* k, const char* name,
     if tf.GetCode(st) == TF_OK:
         tf.OpKernelConstruction_GetAttrString(k, name, text, 32, st)
     return text[0]
+
+
+cdef void text_attr(TF_OpKernelConstruction* k, const char* name, char* text, int size,
+                    TF_Status* st) noexcept nogil:
+    """Reads a string, cut off where there is no more room."""
+    cdef int32_t n = 0, total = 0
+    memset(text, 0, size)
+    if tf.GetCode(st) == TF_OK:
+        tf.OpKernelConstruction_GetAttrSize(k, name, &n, &total, st)
+    if tf.GetCode(st) == TF_OK and total > 0:
+        tf.OpKernelConstruction_GetAttrString(k, name, text, min(total, size - 1), st)
 
 
 cdef int list_attr(TF_OpKernelConstruction* k, const char* name, int64_t* values, int most,

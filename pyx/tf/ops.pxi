@@ -11,10 +11,12 @@ cdef void same_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
 
 
 cdef void quantize_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    cdef TF_ShapeHandle* scalar = tf.ShapeInferenceContextScalar(c)
+    """How many axes the exponents have, an attribute says, which a C shape function cannot read:
+    keras_dfp.native sets it."""
+    cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
     same_shape(c, st)
-    tf.ShapeInferenceContextSetOutput(c, 1, scalar, st)
-    tf.DeleteShapeHandle(scalar)
+    tf.ShapeInferenceContextSetOutput(c, 1, unknown, st)
+    tf.DeleteShapeHandle(unknown)
 
 
 cdef void unknown_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
@@ -97,6 +99,11 @@ cdef void* quantize_create(TF_OpKernelConstruction* k) noexcept nogil:
     a.a_bits = int_attr(k, "mantissa_bits", st)
     a.seed = int_attr(k, "seed", st)
     a.tensor_id = int_attr(k, "tensor_id", st)
+    a.group_axes = int_attr(k, "group_axes", st)
+    a.n_counts = int_attr(k, "n_counts", st)
+    text_attr(k, "site", a.site, sizeof(a.site), st)
+    if tf.GetCode(st) == TF_OK and not 0 <= a.n_counts <= 1:
+        tf.SetStatus(st, TF_INVALID_ARGUMENT, "n_counts must be 0 or 1")
     rounding = first_letter(k, "rounding", st)
     a.rounding = STOCHASTIC if rounding == c"s" else TRUNCATE if rounding == c"t" else NEAREST
     check_bits(a.a_bits, "mantissa_bits", st)
@@ -123,38 +130,58 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     cdef Quantize z
     cdef Shape shape
     cdef Shape other
+    cdef int64_t three = 3
+    cdef int64_t* counts = NULL
     cdef int i, n, exponents = 0, steps = 0
+    cdef char text[300]
     cdef void* data
-    cdef int32_t* e = NULL
     open_call(&c, "DfpQuantize", context)
     z.x = <float*>get_input(&c, 0, "x", &shape)
     z.bits, z.rounding = <int>a.a_bits, a.rounding
     z.key[0], z.key[1] = <uint32_t>a.seed, <uint32_t>a.tensor_id
-    z.given, z.exponent, z.step = False, 0, 0
-    # Both lists are optional and hold at most one scalar; what they are is seen by their type, and
+    z.given, z.step = NULL, 0
+    if ok(&c) and not 0 <= a.group_axes <= shape.rank:
+        snprintf(text, sizeof(text), "group_axes must be from 0 to the rank of x; got %lld and rank "
+                 "%d", <long long>a.group_axes, shape.rank)
+        fail(&c, text)
+    if ok(&c):
+        z.groups = elements(shape.dim, <int>a.group_axes)
+        z.n = elements(shape.dim + a.group_axes, shape.rank - <int>a.group_axes)
+    # Both lists are optional and hold at most one tensor; what they are is seen by their type, and
     # an exponent (int32) comes before a step (int64).
     n = tf.NumInputs(context)
     for i in range(1, n):
         if exponents > 1 or steps > 1:
             break
         data = get_input(&c, i, "exponent or step", &other)
-        if ok(&c) and other.rank != 0:
-            fail(&c, "exponent and step must be scalars")
         if ok(&c):
             if tf.TensorType(c.held[c.held_count - 1]) == TF_INT32:
-                z.given, z.exponent = True, (<int32_t*>data)[0]
+                z.given = <int32_t*>data
                 exponents += 1
+                if elements(other.dim, other.rank) != z.groups:
+                    fail(&c, "exponent must hold one for each group")
             else:
                 z.step = <uint64_t>(<int64_t*>data)[0]
                 steps += 1
+                if other.rank != 0:
+                    fail(&c, "step must be a scalar")
     if exponents > 1 or steps > 1:
-        fail(&c, "exponent and step must hold at most one scalar each")
+        fail(&c, "exponent and step must hold at most one tensor each")
     if ok(&c):
-        z.n = elements(shape.dim, shape.rank)
         z.q = <int16_t*>set_output(&c, 0, TF_INT16, shape.dim, shape.rank)
-        e = <int32_t*>set_output(&c, 1, TF_INT32, shape.dim, 0)
+        z.e = <int32_t*>set_output(&c, 1, TF_INT32, shape.dim, <int>a.group_axes)
+        if a.n_counts:
+            counts = <int64_t*>set_output(&c, 2, TF_INT64, &three, 1)
+    z.counting = a.n_counts or (a.site[0] and not a.told)
+    z.group_counts = NULL
+    if ok(&c) and z.counting and in_pieces(&z):
+        z.group_counts = <int64_t*>get_scratch(&c, z.groups * 3 * sizeof(int64_t))
     if ok(&c):
-        e[0] = quantize(&z)
+        quantize(&z)
+        if counts != NULL:
+            memcpy(counts, z.counts, sizeof(z.counts))
+        if z.counting and a.site[0] and not a.told and much_is_lost(z.worst):
+            a.told = tell_loss(a.site, z.worst)
     close_call(&c)
 
 
@@ -162,15 +189,15 @@ cdef void dequantize_compute(void* attrs, TF_OpKernelContext* context) noexcept 
     cdef Call c
     cdef Shape shape
     cdef int16_t* q
-    cdef int32_t e
+    cdef Operand e
     cdef float* y = NULL
     open_call(&c, "DfpDequantize", context)
     q = <int16_t*>get_input(&c, 0, "q", &shape)
-    e = get_exponent(&c, 1, "e")
+    get_exponents(&c, 1, "e", elements(shape.dim, shape.rank) if ok(&c) else 0, &e)
     if ok(&c):
         y = <float*>set_output(&c, 0, TF_FLOAT, shape.dim, shape.rank)
     if ok(&c):
-        dequantize(q, e, elements(shape.dim, shape.rank), y)
+        dequantize(q, e.e, e.count, elements(shape.dim, shape.rank), y)
     close_call(&c)
 
 
@@ -222,14 +249,13 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
     cdef Shape b
     cdef Shape y
     cdef int i
-    cdef int32_t ea, eb
+    cdef Operand ea, eb
     cdef char* scratch
+    cdef char* room = NULL
     memset(&g, 0, sizeof(g))
     open_call(&c, "DfpMatmul", context)
     g.a.data = <int16_t*>get_input(&c, 0, "a", &a)
-    ea = get_exponent(&c, 1, "a_exponent")
     g.b.data = <int16_t*>get_input(&c, 3, "b", &b)
-    eb = get_exponent(&c, 4, "b_exponent")
     if ok(&c) and (a.rank < 2 or a.rank != b.rank):
         fail_shapes(&c, "a and b must be matrices, or batches of them, of the same rank",
                     "a", &a, "b", &b)
@@ -248,12 +274,17 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
             fail_shapes(&c, "the inner dimensions of a and b differ (after transposition)",
                         "a", &a, "b", &b)
     g.c = <float*>set_output(&c, 0, TF_FLOAT, y.dim, y.rank) if ok(&c) else NULL
+    matrix_exponents(&c, 1, "a_exponent", &a, g.batch, &ea)
+    matrix_exponents(&c, 4, "b_exponent", &b, g.batch, &eb)
+    if ok(&c) and (ea.count > 1 or eb.count > 1):
+        room = get_scratch(&c, exponent_bytes(g.batch, g.k))
     if ok(&c):
-        if ea == NAN_EXPONENT or eb == NAN_EXPONENT:
+        resolve_exponents(&g.exponents, g.batch, &ea, g.m, t.transpose_a, &eb, g.n,
+                          not t.transpose_b, g.k, room)
+        if g.exponents.all == NAN_EXPONENT:
             fill_nan(g.c, elements(y.dim, y.rank))
         else:
             g.a_bits, g.b_bits, g.spill = t.a_bits, t.b_bits, t.spill
-            g.exponent = add_exponents(ea, eb)
             matmul_plan(&g, t.transpose_a, t.transpose_b)
             scratch = get_scratch(&c, scratch_bytes(&g))
             if ok(&c):
@@ -261,9 +292,23 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
     close_call(&c)
 
 
-cdef inline int32_t add_exponents(int32_t ea, int32_t eb) noexcept nogil:
-    """Far below and above what float32 reaches all sums look alike: no overflow here."""
-    return <int32_t>clamp(<int64_t>ea + eb, -100000, 100000)
+cdef void matrix_exponents(Call* c, int i, const char* name, const Shape* shape, int64_t batch,
+                           Operand* out) noexcept nogil:
+    """Those of a batch of matrices: for each group of matrices, or of rows of a matrix."""
+    cdef int64_t rows
+    if not ok(c):
+        return
+    rows = shape.dim[shape.rank - 2]
+    get_exponents(c, i, name, batch * rows, out)
+    if ok(c) and batch * rows and rows % out.per and out.per % rows:
+        fail_shapes(c, "a group of rows that share an exponent must be a part of a matrix, or "
+                    "matrices", name, shape, "the operand", shape)
+
+
+cdef inline void fill_nan(float* y, int64_t n) noexcept nogil:
+    cdef int64_t i
+    for i in range(n):
+        y[i] = NAN
 
 
 # ---- DfpConv, DfpConvBackpropInput, DfpConvBackpropFilter ----------------------------------------
@@ -417,21 +462,39 @@ cdef void sizes_input(Call* c, int i, const char* name, Shape* out) noexcept nog
                 fail(c, text)
 
 
-cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* a, int32_t ea,
-                   const int16_t* b, int32_t eb, float* out, int64_t n) noexcept nogil:
+cdef void image_exponents(Call* c, const Conv* v, Pass which, const Operand* a,
+                          const Operand* b, Exponents* x) noexcept nogil:
+    """Those of a pass. Its rows or, of a weight gradient, its products, are counted in images."""
+    cdef char* room = NULL
+    cdef int64_t along_k = v.batch if which == WEIGHT_GRADIENT else 1
+    if a.count > 1 or b.count > 1:
+        room = get_scratch(c, exponent_bytes(1, v.batch))
+    if not ok(c):
+        return
+    resolve_exponents(x, 1, a, v.batch, which == WEIGHT_GRADIENT, b, 1, which == WEIGHT_GRADIENT,
+                      along_k, room)
+    # What holds for the only item, holds for all groups of channels.
+    x.all, x.items = item_exponent(x, 0), NULL
+    x.row.item = x.shifts.item = 0
+
+
+cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* a,
+                   const Operand* ea, const int16_t* b, const Operand* eb, float* out,
+                   int64_t n) noexcept nogil:
     cdef Depthwise z
     cdef Gemm g
     cdef char* scratch
     cdef int64_t phase[3]
     if not ok(c) or n == 0:
         return
-    if ea == NAN_EXPONENT or eb == NAN_EXPONENT:
-        fill_nan(out, n)
-        return
     v.a_bits, v.b_bits, v.spill = t.a_bits, t.b_bits, t.spill
-    v.exponent = add_exponents(ea, eb)
-    if v.batch * volume(v.output) == 0 or v.channels == 0 or v.filters == 0:
-        memset(out, 0, n * sizeof(float))
+    image_exponents(c, v, which, ea, eb, &v.exponents)
+    if not ok(c):
+        return
+    if v.exponents.all == NAN_EXPONENT:
+        fill_nan(out, n)
+    elif v.batch * volume(v.output) == 0 or v.channels == 0 or v.filters == 0:
+        clear_images(v, which, out, n)
     elif by_channel(v, which):
         depthwise_plan(&z, v, which, a, b, out)
         scratch = get_scratch(c, depthwise_bytes(&z))
@@ -458,6 +521,17 @@ cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* 
             gemm_run(&g, scratch)
 
 
+cdef void clear_images(const Conv* v, Pass which, float* out, int64_t n) noexcept nogil:
+    """Empty sums are zero, or NaN."""
+    cdef int64_t i
+    memset(out, 0, n * sizeof(float))
+    if which != WEIGHT_GRADIENT and v.batch:
+        n //= v.batch
+        for i in range(v.batch):
+            if row_exponent(&v.exponents, 0, i) == NAN_EXPONENT:
+                fill_nan(out + i * n, n)
+
+
 cdef void conv_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     cdef Attrs* t = <Attrs*>attrs
     cdef Call c
@@ -467,16 +541,16 @@ cdef void conv_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     cdef Shape y
     cdef const int16_t* qx
     cdef const int16_t* qw
-    cdef int32_t ex, ew
+    cdef Operand ex, ew
     cdef float* out
     open_call(&c, "DfpConv", context)
     qx = <int16_t*>get_input(&c, 0, "x", &x)
-    ex = get_exponent(&c, 1, "x_exponent")
     qw = <int16_t*>get_input(&c, 3, "w", &w)
-    ew = get_exponent(&c, 4, "w_exponent")
     conv_geometry(&c, t, &x, &w, &y, &v)
+    get_exponents(&c, 1, "x_exponent", v.batch, &ex)
+    get_exponents(&c, 4, "w_exponent", 1, &ew)
     out = <float*>set_output(&c, 0, TF_FLOAT, y.dim, y.rank) if ok(&c) else NULL
-    run_conv(&c, t, &v, FORWARD, qx, ex, qw, ew, out, elements(y.dim, y.rank) if ok(&c) else 0)
+    run_conv(&c, t, &v, FORWARD, qx, &ex, qw, &ew, out, elements(y.dim, y.rank) if ok(&c) else 0)
     if t.n_statistics:
         conv_statistics(&c, &v, out)
     close_call(&c)
@@ -505,18 +579,18 @@ cdef void conv_input_compute(void* attrs, TF_OpKernelContext* context) noexcept 
     cdef Shape dy
     cdef const int16_t* qw
     cdef const int16_t* qdy
-    cdef int32_t ew, edy
+    cdef Operand ew, edy
     cdef float* out
     open_call(&c, "DfpConvBackpropInput", context)
     sizes_input(&c, 0, "input_sizes", &x)
     qw = <int16_t*>get_input(&c, 1, "w", &w)
-    ew = get_exponent(&c, 2, "w_exponent")
     qdy = <int16_t*>get_input(&c, 4, "dy", &dy)
-    edy = get_exponent(&c, 5, "dy_exponent")
     conv_geometry(&c, t, &x, &w, &y, &v)
     check_output(&c, &dy, &y)
+    get_exponents(&c, 2, "w_exponent", 1, &ew)
+    get_exponents(&c, 5, "dy_exponent", v.batch, &edy)
     out = <float*>set_output(&c, 0, TF_FLOAT, x.dim, x.rank) if ok(&c) else NULL
-    run_conv(&c, t, &v, INPUT_GRADIENT, qdy, edy, qw, ew, out,
+    run_conv(&c, t, &v, INPUT_GRADIENT, qdy, &edy, qw, &ew, out,
              elements(x.dim, x.rank) if ok(&c) else 0)
     close_call(&c)
 
@@ -531,18 +605,18 @@ cdef void conv_filter_compute(void* attrs, TF_OpKernelContext* context) noexcept
     cdef Shape dy
     cdef const int16_t* qx
     cdef const int16_t* qdy
-    cdef int32_t ex, edy
+    cdef Operand ex, edy
     cdef float* out
     open_call(&c, "DfpConvBackpropFilter", context)
     qx = <int16_t*>get_input(&c, 0, "x", &x)
-    ex = get_exponent(&c, 1, "x_exponent")
     sizes_input(&c, 3, "filter_sizes", &w)
     qdy = <int16_t*>get_input(&c, 4, "dy", &dy)
-    edy = get_exponent(&c, 5, "dy_exponent")
     conv_geometry(&c, t, &x, &w, &y, &v)
     check_output(&c, &dy, &y)
+    get_exponents(&c, 1, "x_exponent", v.batch, &ex)
+    get_exponents(&c, 5, "dy_exponent", v.batch, &edy)
     out = <float*>set_output(&c, 0, TF_FLOAT, w.dim, w.rank) if ok(&c) else NULL
-    run_conv(&c, t, &v, WEIGHT_GRADIENT, qx, ex, qdy, edy, out,
+    run_conv(&c, t, &v, WEIGHT_GRADIENT, qx, &ex, qdy, &edy, out,
              elements(w.dim, w.rank) if ok(&c) else 0)
     close_call(&c)
 
@@ -556,7 +630,8 @@ cdef extern from *:
         "accumulation: {'exact', 'spill'} = 'exact'",  \\
         "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'",  \\
         "input_gradient: {'dfp', 'float32'} = 'dfp'",  \\
-        "weight_gradient: {'dfp', 'float32'} = 'dfp'"
+        "weight_gradient: {'dfp', 'float32'} = 'dfp'",  \\
+        "exponents: {'sample', 'tensor'} = 'sample'"
     #define DFP_CONV_ATTRS  \\
         "x_bits: int >= 8 = 14", "w_bits: int >= 8 = 14", "dy_bits: int >= 8 = 14",  \\
         "strides: list(int)", "padding: {'VALID', 'SAME', 'EXPLICIT'} = 'VALID'",  \\
@@ -573,10 +648,11 @@ cdef extern from *:
     static const dfp_op_def dfp_ops[] = {
         {"DfpQuantize",
          {"x: float", "exponent: n_exponent * int32", "step: n_step * int64"},
-         {"q: int16", "e: int32"},
+         {"q: int16", "e: int32", "counts: n_counts * int64"},
          {"mantissa_bits: int >= 8 = 14",
           "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'",
           "seed: int = 0", "tensor_id: int = 0",
+          "group_axes: int >= 0 = 0", "site: string = ''", "n_counts: int >= 0 = 0",
           "n_exponent: int >= 0 = 0", "n_step: int >= 0 = 0"}},
         {"DfpDequantize", {"q: int16", "e: int32", "token: float"}, {"y: float"}, {0}},
         {"DfpToken", {"x: float"}, {"token: float"}, {"perm: list(int) = []"}},
