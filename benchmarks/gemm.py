@@ -22,7 +22,8 @@ def measure(settings: dict) -> Iterator[dict | str]:
     """Yields a row per size; settings: sizes, against, repeats."""
     for m, n, k in settings["sizes"]:
         yield f"{m}x{n}x{k}"
-        a, b = (products.Tensor(shape, settings["against"]) for shape in ((m, k), (k, n)))
+        a = products.Tensor((m, k), settings["against"], samples=True)
+        b = products.Tensor((k, n), settings["against"], samples=False)
         product = products.matmul(a, b)
         ways = {**product.ways, "quantise": lambda a=a, b=b: (a.quantise(), b.quantise())}
         taken = medians(ways, settings["repeats"])

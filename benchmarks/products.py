@@ -34,16 +34,27 @@ class Product(NamedTuple):
 
 
 class Tensor:
-    """A random tensor in every form that is asked for."""
+    """A random tensor in every form that is asked for.
 
-    def __init__(self, shape: Sequence[int], against: Iterable[str]):
+    Args:
+        shape: Its shape.
+        against: The forms for TensorFlow.
+        samples: Whether its first axis counts samples, or rows: each has an exponent then, and they
+            differ as they do in training, by a factor of up to 16.
+    """
+
+    def __init__(self, shape: Sequence[int], against: Iterable[str], samples: bool):
         x = tf.random.normal(shape)
+        if samples:
+            x *= 2.0 ** tf.random.uniform([shape[0], *[1] * (len(shape) - 1)], 0, 4)
         self.shape = tuple(x.shape)
         self.size = math.prod(self.shape)
         self.floats = {name: tf.cast(x, DTYPES[name]) for name in against}
-        self.quantise = lambda: native.lib.dfp_quantize(x=x, exponent=[], step=[])
+        self.quantise = lambda: native.lib.dfp_quantize(
+            x=x, exponent=[], step=[], group_axes=int(samples)
+        )
         # Kernels do not read the token; it carries gradients.
-        self.operand = (*self.quantise(), tf.zeros([0]))
+        self.operand = (*self.quantise()[:2], tf.zeros([0]))
 
 
 def traffic(first: Tensor, second: Tensor, result: int) -> int:
@@ -65,9 +76,9 @@ def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = 
 
 def dense(batch: int, inputs: int, outputs: int, against: Sequence[str]):
     """Returns the three passes of a dense layer, and the tensors x, w and dy they multiply."""
-    x = Tensor([batch, inputs], against)
-    w = Tensor([inputs, outputs], against)
-    dy = Tensor([batch, outputs], against)
+    x = Tensor([batch, inputs], against, samples=True)
+    w = Tensor([inputs, outputs], against, samples=False)
+    dy = Tensor([batch, outputs], against, samples=True)
     products = (
         matmul(x, w),
         matmul(dy, w, transpose_b=True),
@@ -90,9 +101,9 @@ def convolution(
     lib = native.lib
     x_sizes, w_sizes = tf.constant(x_shape), tf.constant(w_shape)
 
-    x, w = Tensor(x_shape, against), Tensor(w_shape, against)
+    x, w = Tensor(x_shape, against, samples=True), Tensor(w_shape, against, samples=False)
     y = lib.dfp_conv(*x.operand, *w.operand, **integer).y
-    dy = Tensor(y.shape, against)
+    dy = Tensor(y.shape, against, samples=True)
     macs = dy.size * math.prod(w_shape[: 2 if depthwise else 3])
 
     dfp = (
