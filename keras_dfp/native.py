@@ -20,7 +20,8 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -132,7 +133,23 @@ def quantize(
         site=site,
         n_counts=0,
     )
+    note = getattr(_observer, "note", None)
+    if note is not None:
+        note(x, q, tensor_id, group_axes)
     return q, _known(exponent, x.shape[:group_axes])
+
+
+_observer = threading.local()
+
+
+@contextlib.contextmanager
+def observed(note: Callable) -> Iterator[None]:
+    """Calls `note(x, q, tensor_id, group_axes)` of what is quantised inside, on this thread."""
+    _observer.note = note
+    try:
+        yield
+    finally:
+        _observer.note = None
 
 
 class Factor:

@@ -47,6 +47,20 @@ def mantissas(rng, shape, bits, kind="random"):
     return rng.integers(-q, q, shape, np.int16, endpoint=True)
 
 
+def one_exponent_each(rng, shape, kind="apart"):
+    """Random exponents of groups, int32: `kind` says how far apart they are.
+
+    "same", "near" (a sum is shifted by a few bits), "apart" (by up to 40, so that nothing is left),
+    or one that is very "low", very "high" or "nan" among others that are apart.
+    """
+    low, high = {"same": (-9, -9), "near": (-16, -12)}.get(kind, (-30, 10))
+    e = rng.integers(low, high, shape, np.int32, endpoint=True)
+    odd = {"low": -300, "high": 90, "nan": reference.NAN_EXPONENT}.get(kind)
+    if odd is not None and e.size:
+        e.flat[rng.integers(e.size)] = odd
+    return e
+
+
 def guarded(array):
     """Returns an array as a tensor that ends where memory ends: to read past it is a fault."""
     if not array.size:
@@ -115,7 +129,7 @@ class Passes:
     Args:
         case: The case.
         tensors: Mantissas of x, w and dy.
-        exponents: Their exponents.
+        exponents: Their exponents: of each one, or, but for w, one for each image.
         bits: Their formats.
     """
 
@@ -123,7 +137,7 @@ class Passes:
 
     def __init__(self, case, tensors, exponents, bits):
         self.x, self.w, self.dy = (
-            {name: guarded(q), f"{name}_exponent": np.int32(e), f"{name}_token": TOKEN}
+            {name: guarded(q), f"{name}_exponent": np.asarray(e, np.int32), f"{name}_token": TOKEN}
             for name, q, e in zip(("x", "w", "dy"), tensors, exponents, strict=True)
         )
         formats = zip(("x_bits", "w_bits", "dy_bits"), bits, strict=True)

@@ -3,6 +3,9 @@
 A float64 holds every integer up to 2**53, so a matrix product of mantissas in float64 is exact in
 whatever order BLAS sums it, and its product with a power of two rounds once when it is converted to
 float32. `test_generated.py` compares this file with the reference.
+
+Exponents are a number or an array, as in the reference: `matmul`'s broadcast with the mantissas,
+those of a convolution are one or one for each image.
 """
 
 import itertools
@@ -13,14 +16,32 @@ import numpy as np
 from keras_dfp import reference
 
 
-def matmul(a, b, exponent, bits, accumulation):
-    """Returns the product of mantissas [.., M, K] and [.., K, N]; `bits` are those of a and b."""
+def matmul(a, b, exponents, bits, accumulation):
+    """Returns the product of mantissas [.., M, K] and [.., K, N].
+
+    Args:
+        a: The mantissas of one factor.
+        b: Those of the other.
+        exponents: Those of a and b.
+        bits: Likewise.
+        accumulation: "exact" or "spill".
+    """
     depth = a.shape[-1]
+    ea, eb = (np.asarray(e, np.int64) for e in exponents)
+    ea, eb = (e if e.ndim > 1 else e.reshape(1, -1) for e in (ea, eb))
+    # Those along K, as of the products' second factor, and the others.
+    along, scales = [], []
+    for e, varies in ((ea, ea.shape[-1] > 1), (eb, eb.shape[-2] > 1)):
+        (along if varies else scales).append(e)
+    if along:
+        along = _added(*(np.swapaxes(e, -1, -2) if e is ea else e for e in along))
+        b, most = _aligned(b, along, -2)
+        scales.append(most)
     total, chain = _start((*a.shape[:-1], b.shape[-1]), depth, bits, accumulation)
     a, b = a.astype(np.float64), b.astype(np.float64)
     for cut in _cuts(depth, chain):
         total += (a[..., cut] @ b[..., cut, :]).astype(total.dtype)
-    return _scaled(total, exponent)
+    return _scaled(total, _added(*scales))
 
 
 def conv_passes(case, x, w, dy, exponents, bits, accumulation):
@@ -37,9 +58,13 @@ def conv_passes(case, x, w, dy, exponents, bits, accumulation):
     """
     window = _Window(case)
     passes = _depthwise if case.depthwise else _grouped
-    sums = passes(case, window, *(q.astype(np.float64) for q in (x, w, dy)), bits, accumulation)
-    ex, ew, ed = exponents
-    return [_scaled(*pair) for pair in zip(sums, (ex + ew, ed + ew, ex + ed), strict=True)]
+    # One for each image, but of w.
+    ex, ew, ed = (np.reshape(np.asarray(e, np.int64), (-1,) + (1,) * (x.ndim - 1)) for e in exponents)
+    aligned, most = _aligned(dy, _added(ex, ed), 0)
+    tensors = (q.astype(np.float64) for q in (x, w, dy, aligned))
+    sums = passes(case, window, *tensors, bits, accumulation)
+    scales = _added(ex, ew), _added(ed, ew), most.reshape(())
+    return [_scaled(*pair) for pair in zip(sums, scales, strict=True)]
 
 
 def output_shape(case):
@@ -83,14 +108,14 @@ class _Window:
         return total[tuple(slice(before, n - after) for (before, after), n in ends)]
 
 
-def _grouped(case, window, x, w, dy, bits, accumulation):
+def _grouped(case, window, x, w, dy, aligned, bits, accumulation):
     groups, pixels = case.groups, math.prod(window.output) * case.batch
     channels, filters = case.channels // groups, case.filters // groups
     x_bits, w_bits, dy_bits = bits
     x = np.pad(x, window.pad)
     # [taps, group, channel, filter] and [group, pixel, filter]
     w = w.reshape(len(window.taps), channels, groups, filters).transpose(0, 2, 1, 3)
-    dy = dy.reshape(pixels, groups, filters).swapaxes(0, 1)
+    dy, aligned = (q.reshape(pixels, groups, filters).swapaxes(0, 1) for q in (dy, aligned))
     y, forward = _start((groups, pixels, filters), channels, (x_bits, w_bits), accumulation)
     dx, back = _start(window.shape, filters, (dy_bits, w_bits), accumulation)
     dw, across = _start(w.shape, pixels, (x_bits, dy_bits), accumulation)
@@ -102,7 +127,7 @@ def _grouped(case, window, x, w, dy, bits, accumulation):
             product = dy[:, :, cut] @ w[tap][:, :, cut].swapaxes(1, 2)
             dx[where] += product.astype(dx.dtype).swapaxes(0, 1).reshape(dx[where].shape)
         for cut in _cuts(pixels, across):
-            dw[tap] += (patch[:, cut].swapaxes(1, 2) @ dy[:, cut]).astype(dw.dtype)
+            dw[tap] += (patch[:, cut].swapaxes(1, 2) @ aligned[:, cut]).astype(dw.dtype)
     return (
         y.swapaxes(0, 1).reshape(output_shape(case)),
         window.inner(dx),
@@ -110,13 +135,14 @@ def _grouped(case, window, x, w, dy, bits, accumulation):
     )
 
 
-def _depthwise(case, window, x, w, dy, bits, accumulation):
+def _depthwise(case, window, x, w, dy, aligned, bits, accumulation):
     taps, channels, multiplier = len(window.taps), case.channels, case.filters
     pixels = math.prod(window.output) * case.batch
     x_bits, w_bits, dy_bits = bits
     x = np.pad(x, window.pad)
     patches = [x[where].reshape(pixels, channels, 1) for where in window.taps]
-    w, dy = w.reshape(taps, channels, multiplier), dy.reshape(pixels, channels, multiplier)
+    w = w.reshape(taps, channels, multiplier)
+    dy, aligned = (q.reshape(pixels, channels, multiplier) for q in (dy, aligned))
     terms = list(itertools.product(range(taps), range(multiplier)))
     y, forward = _start(dy.shape, taps, (x_bits, w_bits), accumulation)
     dx, back = _start(window.shape, len(terms), (dy_bits, w_bits), accumulation)
@@ -130,7 +156,7 @@ def _depthwise(case, window, x, w, dy, bits, accumulation):
         dx += chunk.astype(dx.dtype)
     for tap, patch in enumerate(patches):
         for cut in _cuts(pixels, across):
-            dw[tap] += (patch[cut] * dy[cut]).sum(axis=0).astype(dw.dtype)
+            dw[tap] += (patch[cut] * aligned[cut]).sum(axis=0).astype(dw.dtype)
     shape = (*case.kernel, channels, multiplier)
     return y.reshape(output_shape(case)), window.inner(dx), dw.reshape(shape)
 
@@ -146,9 +172,29 @@ def _cuts(length, chain):
     return (slice(start, min(start + chain, length)) for start in range(0, length, chain))
 
 
-def _scaled(total, exponent):
+def _added(*exponents):
+    """Returns the sum of exponents: a NaN's, where one of them is."""
+    marked = [e == reference.NAN_EXPONENT for e in exponents]
+    return np.where(sum(marked), reference.NAN_EXPONENT, sum(exponents))
+
+
+def _aligned(q, e, axis):
+    """Aligns the mantissas whose products have exponents e, for a sum along an axis.
+
+    Returns them and the exponent of the sum."""
+    if not e.shape[axis]:
+        return q, np.zeros((1,) * e.ndim, np.int64)
+    nan = (e == reference.NAN_EXPONENT).any(axis, keepdims=True)
+    most = e.max(axis, keepdims=True)
+    # Whatever is shifted by more than 17 bits is nothing. `rint` rounds ties to even.
+    shifted = np.rint(np.ldexp(q.astype(np.float64), -np.minimum(most - e, 99)))
+    return shifted, np.where(nan, reference.NAN_EXPONENT, most)
+
+
+def _scaled(total, e):
     assert np.abs(total).max(initial=0) < 2**53
-    # A sum of products with zeros may be -0; a sum of integers has no sign there.
-    exact = np.ldexp(total.astype(np.float64), exponent) + 0.0
+    # A sum of products with zeros may be -0; a sum of integers has no sign there. Beyond +-900 all
+    # results overflow or are zeros.
+    exact = np.ldexp(total.astype(np.float64), np.clip(e, -900, 900)) + 0.0
     with np.errstate(over="ignore"):
-        return exact.astype(np.float32)
+        return np.where(e == reference.NAN_EXPONENT, np.float32(np.nan), exact.astype(np.float32))

@@ -1,0 +1,144 @@
+"""Watching one batch eagerly: what every product multiplies, and what is lost in quantising.
+
+The dispatcher (`backend.products`) hands its products here while an audit is on; `audit` is what
+users call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dfp import native
+from keras_dfp.number import DFPFormat
+
+OPERANDS = ("first", "second", "gradient")  # by tensor_id
+
+
+@dataclasses.dataclass
+class Call:
+    """One product that ran: `ours` and `stock` compute it again from operands.
+
+    Attributes:
+        layer: Whose it is.
+        operation: Its name in `keras.ops`.
+        format: What it runs in.
+        operands: Tensors and variables.
+        ours: Computes it on integers.
+        stock: Computes it in float32.
+        output: What came out.
+        gradient: What came back to it, once the gradients have been computed.
+    """
+
+    layer: keras.layers.Layer
+    operation: str
+    format: DFPFormat
+    operands: Sequence[Any]
+    ours: Callable
+    stock: Callable
+    output: tf.Tensor
+    gradient: tf.Tensor | None = None
+
+
+@dataclasses.dataclass
+class Losses:
+    """What quantising lost of tensors of one kind, added up.
+
+    Attributes:
+        nonzero: Elements that were not zero.
+        lost: Those of them that became zero.
+        spread: In bits: how far the largest and the smallest nonzero magnitude of a group that
+            shares an exponent are apart, at most.
+    """
+
+    nonzero: int = 0
+    lost: int = 0
+    spread: int = 0
+
+    def add(self, x: np.ndarray, q: np.ndarray, group_axes: int) -> None:
+        magnitude = np.abs(x).reshape((int(np.prod(x.shape[:group_axes])), -1))
+        there = (magnitude > 0) & np.isfinite(magnitude)
+        self.nonzero += int(there.sum())
+        self.lost += int((there & (q.reshape(magnitude.shape) == 0)).sum())
+        exponent = np.frexp(np.where(there, magnitude, 1))[1]
+        if magnitude.size:
+            most = np.max(exponent, axis=1, initial=-200, where=there)
+            least = np.min(exponent, axis=1, initial=200, where=there)
+            self.spread = max(self.spread, int(np.max(most - least)))
+
+    @property
+    def share(self) -> float:
+        return self.lost / self.nonzero if self.nonzero else 0.0
+
+
+class Watch:
+    """Notes the products of a forward pass.
+
+    Args:
+        float32: Whether they are to be computed by stock Keras.
+    """
+
+    def __init__(self, float32: bool):
+        self.float32 = float32
+        self.calls: list[Call] = []
+        self.running = True
+
+    def product(self, layer, operation, fmt, operands, ours, stock) -> tf.Tensor:
+        """Computes a product and notes it."""
+        with _watched(None):  # what it is made of is no product of the layer
+            y = (stock if self.float32 else ours)(*operands)
+        call = Call(layer, operation, fmt, list(operands), ours, stock, y)
+        self.calls.append(call)
+
+        @tf.custom_gradient
+        def through(y):
+            def gradient(dy):
+                call.gradient = dy
+                return dy
+
+            return tf.identity(y), gradient
+
+        return through(y)
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Watches the products inside."""
+        with _watched(self):
+            yield
+
+
+_local = threading.local()
+
+
+def current() -> Watch | None:
+    """Returns the watch that is on, on this thread."""
+    return getattr(_local, "watch", None)
+
+
+@contextlib.contextmanager
+def _watched(watch: Watch | None) -> Iterator[None]:
+    previous = current()
+    _local.watch = watch
+    try:
+        yield
+    finally:
+        _local.watch = previous
+
+
+@contextlib.contextmanager
+def losses() -> Iterator[dict[str, Losses]]:
+    """Collects what the quantiser loses inside, by the role of the operand (`OPERANDS`)."""
+    found = {name: Losses() for name in OPERANDS}
+
+    def note(x, q, tensor_id, group_axes):
+        found[OPERANDS[tensor_id]].add(np.asarray(x), np.asarray(q), group_axes)
+
+    with native.observed(note):
+        yield found
