@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn
 from keras.src.backend.tensorflow import numpy as knp
+from keras.src.ops import image
 
 from keras_dfp import ops
 from keras_dfp.backend import recording
-from keras_dfp.backend.calling import Decision, calling_layer, decide
+from keras_dfp.backend.calling import Decision, calling_layer, decide, in_scope
 from keras_dfp.backend.registry import replaces
 from keras_dfp.product import refuse_xla
 
@@ -36,6 +39,23 @@ _PRODUCTS = (
 )
 
 
+class _State(threading.local):
+    stock = False
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def _stock():
+    """Leaves to Keras whatever is multiplied inside: the parts of what stays FP32."""
+    outer, _state.stock = _state.stock, True
+    try:
+        yield
+    finally:
+        _state.stock = outer
+
+
 def _route(name: str, split, original):
     """Returns the function that stands for `original` while the plugin is installed.
 
@@ -47,13 +67,18 @@ def _route(name: str, split, original):
 
     @functools.wraps(original)
     def dispatch(*args, **kwargs):
+        if _state.stock:
+            return original(*args, **kwargs)
         layer = calling_layer()
         decision = decide(layer)
         if decision.format is not None:
-            decision = _check_operands(decision, split(*args, **kwargs))
+            operands = split(*args, **kwargs)
+            decision = _check_operands(decision, operands)
+            decision = in_scope(decision, layer, name, operands)
         with recording.product(layer, name, decision):
             if decision.format is None:
-                return original(*args, **kwargs)
+                with _stock():
+                    return original(*args, **kwargs)
             refuse_xla(f"layer '{layer.path or layer.name}'")
             with ops.format_scope(decision.format):
                 return getattr(ops, name)(*args, **kwargs)
@@ -91,3 +116,47 @@ for _product in _PRODUCTS:
 @replaces(knp, "einsum", "subscripts operands kwargs")
 def _einsum(original):
     return _route("einsum", lambda subscripts, *operands, **kwargs: operands, original)
+
+
+# `x @ w` of two tensors, or of a tensor and a variable, is TensorFlow's operator. That of a
+# keras.Variable is keras.ops.matmul.
+
+
+@replaces(tf.Tensor, "__matmul__", "* *")
+@replaces(tf.Variable, "__matmul__", "* *")
+def _operator(original):
+    return _route("matmul", lambda x1, x2: (x1, x2), original)
+
+
+@replaces(tf.Tensor, "__rmatmul__", "* *")
+@replaces(tf.Variable, "__rmatmul__", "* *")
+def _reflected_operator(original):
+    dispatch = _route("matmul", lambda x1, x2: (x1, x2), lambda x1, x2: original(x2, x1))
+
+    @functools.wraps(original)
+    def reflected(x2, x1):
+        return dispatch(x1, x2)
+
+    return reflected
+
+
+# ---- convolutions that move data -----------------------------------------------------------------
+
+
+def _register_movement(name: str) -> None:
+    @replaces(image, name)
+    def make(original):
+        @functools.wraps(original)
+        def move(*args, **kwargs):
+            with recording.product(calling_layer(), name.lstrip("_"), _MOVEMENT), _stock():
+                return original(*args, **kwargs)
+
+        return move
+
+
+_MOVEMENT = Decision(None, "moves data; a convolution on integers would round it")
+
+# They multiply by an identity matrix. Not all of them exist in every Keras.
+for _name in ("_extract_patches", "_extract_patches_3d"):
+    if hasattr(image, _name):
+        _register_movement(_name)
