@@ -27,6 +27,7 @@ if _keras.backend.backend() != "tensorflow":
     )
 
 from keras_dfp import backend, layers, ops, reference, zoo
+from keras_dfp.audit import Audit, audit
 from keras_dfp.info import info
 from keras_dfp.model_policy import set_model_policy
 from keras_dfp.number import DFPFormat, DFPTensor, quantize
@@ -35,10 +36,12 @@ from keras_dfp.report import describe
 from keras_dfp.version import __version__
 
 __all__ = [
+    "Audit",
     "DFPFormat",
     "DFPPolicy",
     "DFPTensor",
     "__version__",
+    "audit",
     "backend",
     "describe",
     "info",

@@ -37,9 +37,8 @@ class Audit:
             - `output`, `input_gradient`, `weight_gradient`: the relative error (the norm of the
               difference over the norm) of what this product gives, against float32 from the same
               numbers; None where there is none;
-            - `output_all`, `weight_gradient_all`: the same against a model that runs in float32 from
-              the first layer to the last, so with what earlier layers (and for gradients later
-              ones) have added;
+            - `output_all`, `weight_gradient_all`: the same against a model that runs in float32
+              from the first layer to the last, so with what the other layers have added;
             - `lost`: of the operands `"x"`, `"w"` and `"dy"`, the share of nonzero values that
               became zero;
             - `spread`: likewise, in bits, how far the largest and the smallest nonzero magnitude
@@ -84,7 +83,7 @@ class Audit:
         ]
         table.insert(1, "  ".join("-" * width for width in widths))
         table.append(
-            "Errors are relative to float32: of the product alone, and (all) of all layers together."
+            "Errors are relative to float32: of the product alone, and (all) of all layers."
         )
         if self.loss is not None:
             table.append(f"Loss: {self.loss[0]:.6g}, in float32 {self.loss[1]:.6g}.")
@@ -159,7 +158,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
         raise RuntimeError("audit: the plugin is not installed; call keras_dfp.backend.install().")
     if y is not None and not getattr(model, "compiled", False):
         raise ValueError(
-            "audit: labels need a loss, and the model has none. Compile it with one, or leave y out."
+            "audit: labels need a loss, and the model has none. Compile it with one, or leave out y."
         )
     x = keras.tree.map_structure(tf.convert_to_tensor, x)
     model(x, training=False)  # builds it, outside of what is watched
@@ -167,8 +166,8 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
     exact, exact_loss, exact_gradients = _run(model, x, y, training, float32=True)
     if not rounded:
         raise ValueError(
-            f"audit: no product of model '{model.name}' runs on integers. keras_dfp.describe(model) "
-            "says why."
+            f"audit: no product of model '{model.name}' runs on integers. "
+            "keras_dfp.describe(model) says why."
         )
     rows = collections.OrderedDict()
     for call, twin in zip(rounded, exact, strict=True):
@@ -260,9 +259,7 @@ class _Row:
             total.lost += found.lost
             total.spread = max(total.spread, found.spread)
         self.weights |= {
-            id(value): value
-            for value, weight in zip(operands, is_weight, strict=True)
-            if weight
+            id(value): value for value, weight in zip(operands, is_weight, strict=True) if weight
         }
 
     def add_weights(self, ours: dict, truth: dict) -> None:

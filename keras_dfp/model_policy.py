@@ -16,7 +16,6 @@ from keras.src.models.functional import Functional
 from keras.src.trainers.trainer import Trainer
 
 from keras_dfp import backend
-from keras_dfp.backend.calling import Decision
 from keras_dfp.backend.registry import replaces
 from keras_dfp.policy import DFPPolicy
 
@@ -126,7 +125,7 @@ def _settle(model) -> None:
         policy = layer.dtype_policy
         if not isinstance(policy, DFPPolicy) or policy.name != "dfp16_paper":
             continue
-        if policy.decide(layer) == Decision(policy.format):
+        if not policy.decide(layer).reason:
             layer.dtype_policy = policy.excluding(layer)
     warn_of_unmatched_patterns(model)
     if model.compiled and model.jit_compile:

@@ -26,7 +26,7 @@ import tensorflow as tf
 from keras_dfp import contraction
 from keras_dfp.convolution import Convolution, channels_last
 from keras_dfp.number import DFPFormat
-from keras_dfp.operand import Operand, loop_scope, operand
+from keras_dfp.operand import Operand, loop_scope, operand, site_scope, watch_only
 from keras_dfp.product import as_float32
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "matmul",
     "operand",
     "separable_conv",
+    "site_scope",
     "tensordot",
 ]
 
@@ -464,7 +465,9 @@ def dot_product_attention(
         logits += tf.cast(bias, tf.float32)
     if mask is not None or is_causal:
         logits = _masked(logits, mask, is_causal)
-    return einsum(f"bnts,{keys}->btnh", tf.nn.softmax(logits), value)
+    # Weights near zero are meant to be: only the values are looked at.
+    with watch_only(1):
+        return einsum(f"bnts,{keys}->btnh", tf.nn.softmax(logits), value)
 
 
 def _masked(logits, mask, is_causal):

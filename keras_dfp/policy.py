@@ -16,7 +16,7 @@ from keras.src import models
 from keras.src.models import functional
 
 from keras_dfp import backend, ops
-from keras_dfp.backend.calling import Decision, float32_by_default
+from keras_dfp.backend.calling import SCOPES, Decision, float32_by_default
 from keras_dfp.backend.registry import replaces
 from keras_dfp.number import PRODUCTS, DFPFormat
 
@@ -47,11 +47,19 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         exponents: `"sample"`: every sample (in matrix products, every row) has an exponent of its
             own, so that its result does not depend on the other samples of its batch; or
             `"tensor"`: one exponent for all of a tensor, as in the paper.
+        scope: Which products of a layer that is. `"weights"`, the default: those of layers that
+            have weights of their own, those with a variable as an operand, and those of attention
+            (Keras's attention layers and `dot_product_attention`). What else is multiplied, such
+            as positions, distances, filter banks or Gram matrices in layers without weights,
+            stays FP32. `"all"`: every one.
         exclude: Patterns of the layers that stay FP32.
         overrides: Dict from the pattern of a layer to what it has instead: a dict of the options
             above that differ, another DFPPolicy, `"dfp16"` or `"float32"`. The first pattern
             that matches counts; overrides go before `exclude` and before what Keras layers stay
-            FP32 by default (preprocessing, the power iteration of `SpectralNormalization`).
+            FP32 by default (preprocessing, the power iteration of `SpectralNormalization`). They
+            take all products of the layers they match, unless they say `scope="weights"`.
+
+    Convolutions that only move data, as in `keras.ops.image.extract_patches`, are never rounded.
 
     Patterns are shell-style (`*`, `?`, `[...]`) and match a layer's full path, such as
     `"encoder/attention/query"`, or its last component, `"query"`. `*` matches `/` too:
@@ -77,6 +85,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         accumulation: str = "exact",
         products: Iterable[str] = PRODUCTS,
         exponents: str = "sample",
+        scope: str | None = None,
         exclude: Iterable[str] = (),
         overrides: Mapping[str, Any] | None = None,
     ):
@@ -91,6 +100,11 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
             exponents="tensor" if name == "dfp16_paper" else exponents,
             products=products if isinstance(products, str) else tuple(products),
         )
+        if scope not in (None, *SCOPES):
+            raise ValueError(f"scope must be {' or '.join(map(repr, SCOPES))}; got {scope!r}.")
+        # Whether it was said matters if this policy becomes an override.
+        self._said_scope = scope
+        self.scope = scope or "weights"
         self.exclude = _patterns(exclude)
         self.overrides = {
             _pattern(pattern, "overrides"): self._override(pattern, value)
@@ -98,25 +112,26 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         }
         super().__init__(
             default_policy="float32",
-            policy_map={pattern: _policy_of(fmt) for pattern, fmt in self.overrides.items()},
+            policy_map={pattern: _policy_of(d) for pattern, d in self.overrides.items()},
         )
 
-    def _override(self, pattern: str, value) -> DFPFormat | None:
-        """Returns the format that an override stands for; `None` is FP32."""
+    def _override(self, pattern: str, value) -> Decision:
+        """Returns the decision that an override stands for."""
+        reason = f"overridden by pattern {pattern!r}"
         if isinstance(value, dict) and "class_name" not in value:
-            options = [field.name for field in dataclasses.fields(DFPFormat)]
+            options = [*(field.name for field in dataclasses.fields(DFPFormat)), "scope"]
             unknown = sorted(set(value) - set(options))
             if unknown:
                 raise ValueError(
                     f"overrides[{pattern!r}] may change {', '.join(options)}; "
                     f"got {', '.join(unknown)}."
                 )
-            return dataclasses.replace(self.format, **value)
+            value = DFPPolicy(**{**_options(self.format), **value})
         policy = dtype_policies.get(value)
         if isinstance(policy, DFPPolicy) and not policy.exclude and not policy.overrides:
-            return policy.format
+            return Decision(policy.format, reason, policy._said_scope or "all")
         if policy == keras.DTypePolicy("float32"):
-            return None
+            return Decision(None, reason)
         raise ValueError(
             f"overrides[{pattern!r}] must be a dict of options, 'float32', 'dfp16' or a DFPPolicy "
             f"without exclude and overrides; got {value!r}. Give the layer itself any other dtype."
@@ -132,13 +147,13 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         decision = self._decide_by_pattern(path)
         if decision is None:
             reason = float32_by_default(layer)
-            decision = Decision(None if reason else self.format, reason)
+            decision = Decision(None, reason) if reason else Decision(self.format, "", self.scope)
         return decision
 
     def _decide_by_pattern(self, path: str) -> Decision | None:
-        for pattern, fmt in self.overrides.items():
+        for pattern, decision in self.overrides.items():
             if _matches(pattern, path):
-                return Decision(fmt, f"overridden by pattern {pattern!r}")
+                return decision
         for pattern in self.exclude:
             if _matches(pattern, path):
                 return Decision(None, f"excluded by pattern {pattern!r}")
@@ -168,7 +183,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
 
     def __getitem__(self, path: str) -> dtype_policies.DTypePolicy:
         decision = self._decide_by_pattern(path)
-        return self if decision is None else _policy_of(decision.format)
+        return self if decision is None else _policy_of(decision)
 
     def __setitem__(self, path, policy):
         raise TypeError("A DFPPolicy is immutable; use layer.dtype_policy = ..., or overrides.")
@@ -180,10 +195,11 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         return {
             "name": self.name,
             **_options(self.format),
+            "scope": self.scope,
             "exclude": list(self.exclude),
             "overrides": {
-                pattern: "float32" if fmt is None else _options(fmt)
-                for pattern, fmt in self.overrides.items()
+                pattern: "float32" if d.format is None else {**_options(d.format), "scope": d.scope}
+                for pattern, d in self.overrides.items()
             },
         }
 
@@ -198,7 +214,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         return hash(self._key())
 
     def _key(self):
-        return self.name, self.format, self.exclude, tuple(self.overrides.items())
+        return self.name, self.format, self.scope, self.exclude, tuple(self.overrides.items())
 
     def __repr__(self) -> str:
         default = type(self)(self.name).get_config()
@@ -214,8 +230,10 @@ def _options(fmt: DFPFormat) -> dict[str, Any]:
     return {**dataclasses.asdict(fmt), "products": list(fmt.products)}
 
 
-def _policy_of(fmt: DFPFormat | None) -> dtype_policies.DTypePolicy:
-    return keras.DTypePolicy("float32") if fmt is None else DFPPolicy(**_options(fmt))
+def _policy_of(decision: Decision) -> dtype_policies.DTypePolicy:
+    if decision.format is None:
+        return keras.DTypePolicy("float32")
+    return DFPPolicy(**_options(decision.format), scope=decision.scope)
 
 
 def _pattern(pattern, argument: str) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import warnings
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras.src import tree
 
 from keras_dfp import native
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import Decision
+from keras_dfp.backend.inputs import known_inputs, symbolic
 from keras_dfp.backend.registry import installed
 from keras_dfp.model_policy import first_and_last, layers_in_order, warn_of_unmatched_patterns
 from keras_dfp.number import PRODUCTS, DFPFormat
@@ -65,8 +66,9 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
 
     Args:
         model: A Keras model or layer.
-        inputs: For a model whose inputs are not known, i.e. a subclassed one: an example batch,
-            or `keras.Input`s, in the structure that the model is called with.
+        inputs: For a model whose inputs are not known, i.e. a subclassed one that was not called
+            yet (otherwise its last call counts): an example batch, or `keras.Input`s, in the
+            structure that the model is called with.
         input_shape: Or only the shape of its one float32 input, batch size included (or `None`).
 
     Returns:
@@ -85,7 +87,7 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
             "describe: the plugin is not installed; call keras_dfp.backend.install()."
         )
     inputs = _symbolic_inputs(model, inputs, input_shape)
-    products = _trace(model, inputs)
+    products = recording.trace(model, inputs)
     warn_of_unmatched_patterns(model)
     multiplying = {id(product.layer) for product in products}
     others = collections.Counter(
@@ -100,44 +102,24 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
 def _symbolic_inputs(model, inputs, input_shape):
     """Returns the structure of KerasTensors that the model is called with."""
     if inputs is not None:
-        return tree.map_structure(_symbolic, inputs)
+        return tree.map_structure(symbolic, inputs)
     if input_shape is not None:
         return keras.KerasTensor(input_shape)
-    if isinstance(model, keras.src.models.Functional):
-        return model.input
+    inputs = known_inputs(model)
+    if inputs is not None:
+        return inputs
     shapes = list((model._build_shapes_dict or {}).values()) if model.built else []
     if len(shapes) != 1:
         raise ValueError(
             f"describe: the inputs of model '{model.name}' are not known. Call the model once, or "
             "pass input_shape=, or inputs=, an example batch or keras.Input()s."
         )
+    warnings.warn(
+        f"keras_dfp: model '{model.name}' was not called yet; describe takes its inputs to be "
+        "float32. If they are not, pass inputs=, an example batch or keras.Input()s.",
+        stacklevel=3,
+    )
     return tree.map_shape_structure(keras.KerasTensor, shapes[0])
-
-
-def _trace(model, inputs) -> list[recording.Product]:
-    """Returns what the model multiplies in the forward pass of a training step."""
-    functions_run_eagerly = tf.config.functions_run_eagerly()
-    # What a tf.function of the user's multiplies shows only while it is traced, and it may have
-    # been before; so it is inlined. One that needs AutoGraph cannot be.
-    for inline in (True, False):
-        tf.config.run_functions_eagerly(inline)
-        try:
-            with recording.record() as products:
-                keras.src.backend.compute_output_spec(model, inputs, training=True)
-            return products
-        except Exception as exception:
-            error = exception
-        finally:
-            tf.config.run_functions_eagerly(functions_run_eagerly)
-    raise ValueError(
-        f"describe: model '{model.name}' cannot be called with inputs {inputs}. Pass inputs=, an "
-        f"example batch or keras.Input()s. The model raised: {error}"
-    ) from error
-
-
-def _symbolic(x):
-    x = x if keras.utils.is_keras_tensor(x) else keras.ops.convert_to_tensor(x)
-    return keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype))
 
 
 def _rows(model, products) -> list[dict[str, Any]]:

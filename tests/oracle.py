@@ -59,7 +59,9 @@ def conv_passes(case, x, w, dy, exponents, bits, accumulation):
     window = _Window(case)
     passes = _depthwise if case.depthwise else _grouped
     # One for each image, but of w.
-    ex, ew, ed = (np.reshape(np.asarray(e, np.int64), (-1,) + (1,) * (x.ndim - 1)) for e in exponents)
+    ex, ew, ed = (
+        np.reshape(np.asarray(e, np.int64), (-1,) + (1,) * (x.ndim - 1)) for e in exponents
+    )
     aligned, most = _aligned(dy, _added(ex, ed), 0)
     tensors = (q.astype(np.float64) for q in (x, w, dy, aligned))
     sums = passes(case, window, *tensors, bits, accumulation)

@@ -82,7 +82,10 @@ LAYERS = {
     "SimpleRNN": (lambda p: layers.SimpleRNN(3, dtype=p), sequence),
     "ConvLSTM1D": (lambda p: layers.ConvLSTM1D(3, 3, dtype=p), normal(2, 5, 8, 4)),
     "Bidirectional": (lambda p: layers.Bidirectional(layers.GRU(3, dtype=p), dtype=p), sequence),
-    "Dot": (lambda p: layers.Dot(axes=-1, dtype=p), ([vector, vector],)),
+    "Dot": (
+        lambda p: layers.Dot(axes=-1, dtype=DFPPolicy(scope="all") if p == "dfp16" else p),
+        ([vector, vector],),
+    ),
     "TimeDistributed": (
         lambda p: layers.TimeDistributed(layers.Dense(3, dtype=p), dtype=p),
         sequence,
@@ -383,6 +386,168 @@ def test_a_remat_function_of_the_user_recomputes_under_the_same_policy():
         tape.gradient(y, x)
     assert [p.layer for p in products] == [layer]
     assert [p.decision.format for p in recomputed if p.layer is layer] == [DFPFormat()]
+
+
+@keras.ops.custom_gradient
+def multiply_and_halve_gradients(x, w):
+    def gradient(dy):
+        dx = keras.ops.matmul(dy, keras.ops.transpose(w))
+        dw = keras.ops.matmul(keras.ops.transpose(x), dy)
+        return dx / 2, dw / 2
+
+    return keras.ops.matmul(x, w), gradient
+
+
+class CustomGradient(OpsMatmul):
+    def call(self, x):
+        return multiply_and_halve_gradients(x, 1.0 * self.kernel)
+
+
+@pytest.mark.parametrize("policy", ["dfp16", "float32", DFPPolicy(mantissa_bits=9)], ids=str)
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_gradients_of_the_user_follow_the_policy_of_their_layer(policy, graph):
+    layer, x, dy = CustomGradient(dtype=policy), tf.constant(vector), normal(2, 3, seed=1)
+    layer.build(x.shape)
+
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        with recording.record() as products:
+            return tape.gradient(y, [x, layer.kernel.value], output_gradients=dy), products
+
+    found = []
+
+    def step(x):
+        result, products = gradients(x)
+        found.extend(p for p in products if p.layer is layer)
+        return result
+
+    dx, dw = (tf.function(step) if graph else step)(x)
+    fmt = getattr(layer.dtype_policy, "format", None)
+    assert [(p.operation, p.decision.format) for p in found] == [("matmul", fmt)] * 2
+    w = layer.kernel.numpy()
+    if fmt is None:
+        np.testing.assert_allclose(dx, dy @ w.T / 2, rtol=1e-5)
+        np.testing.assert_allclose(dw, vector.T @ dy / 2, rtol=1e-5)
+    else:
+        with ops.format_scope(fmt):
+            np.testing.assert_array_equal(dx, ops.matmul(dy, w.T) / 2)
+            np.testing.assert_array_equal(dw, ops.matmul(vector.T, dy) / 2)
+    (row,) = keras_dfp.describe(layer, inputs=x).rows
+    assert (row["operations"], row["format"]) == ({"matmul": 3}, fmt)
+
+
+def test_gradients_of_the_user_are_called_as_keras_calls_them():
+    scale = keras.Variable(2.0)
+
+    @keras.ops.custom_gradient
+    def scaled(x):
+        def gradient(dy, variables=None):
+            return dy * 3.0, [tf.reduce_sum(dy) for _ in variables]
+
+        return x * scale, gradient
+
+    @keras.ops.custom_gradient
+    def refuses(x):
+        return x * scale, lambda dy: dy
+
+    x = tf.ones(2)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = scaled(x)
+    dx, ds = tape.gradient(y, [x, scale.value])
+    np.testing.assert_array_equal(dx, [3, 3])
+    assert ds == 2
+    with pytest.raises(TypeError, match="must accept keyword argument 'variables'"):
+        refuses(x)
+    layer = layers.Lambda(scaled, dtype="dfp16")
+    assert keras_dfp.describe(layer, inputs=x).rows == []
+
+
+# ------------------------------------------------------- layers that Keras calls without a name
+
+
+def timed(layer, **kwargs):
+    return layers.TimeDistributed(layer, **kwargs)
+
+
+@pytest.mark.parametrize("steps", [8, None], ids=["unrolled", "vectorised"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("outer", "inner"), [("dfp16", "float32"), ("float32", "dfp16")])
+def test_the_layer_inside_time_distributed_decides(outer, inner, depth, steps):
+    dense = layers.Dense(3, dtype=inner, name="inner")
+    layer = dense
+    for _ in range(depth):
+        layer = timed(layer, dtype=outer)
+    shape = (2, 8, 4) if depth == 1 else (2, 5, 8, 4)
+    inputs = keras.Input((*shape[1:-2], steps, 4), batch_size=2)
+    (row,) = keras_dfp.describe(layer, inputs=inputs).rows
+    assert row["layer"] == "Dense" and row["path"].endswith("inner")
+    assert row["format"] == (DFPFormat() if inner == "dfp16" else None)
+    x = normal(*shape)
+    expected = (ops.matmul if inner == "dfp16" else keras.ops.matmul)(x, dense.kernel.value)
+    if steps:
+        np.testing.assert_allclose(layer(x), expected, atol=1e-3 if inner == "dfp16" else 1e-6)
+
+
+def test_patterns_reach_the_layer_inside_time_distributed():
+    policy = DFPPolicy(exclude=["stem"], overrides={"head": {"mantissa_bits": 16}})
+    with keras_dfp.policy_scope(policy):
+        model = keras.Sequential(
+            [
+                keras.Input((5, 4)),
+                timed(layers.Dense(4, name="stem")),
+                timed(keras.Sequential([layers.Dense(4, name="body")])),
+                timed(layers.Dense(4, name="head")),
+            ]
+        )
+    found = {row["path"].split("/")[-1]: row["format"] for row in keras_dfp.describe(model).rows}
+    assert found == {"stem": None, "body": DFPFormat(), "head": DFPFormat(16)}
+
+
+def test_the_power_iteration_inside_time_distributed_stays_float32():
+    layer = timed(layers.SpectralNormalization(layers.Dense(3, dtype="dfp16")), dtype="dfp16")
+    layer.layer.dtype_policy = "dfp16"
+    rows = keras_dfp.describe(layer, inputs=keras.Input((2, 6))).rows
+    assert [(row["layer"], row["format"] is not None) for row in rows] == [
+        ("SpectralNormalization", False),
+        ("Dense", True),
+    ]
+
+
+def test_time_distributed_renames_no_variable():
+    class Block(layers.Layer):
+        def __init__(self):
+            super().__init__(name="block")
+            self.late = layers.Dense(2, name="late")
+
+        def build(self, shape):
+            self.built = True
+
+        def call(self, x):
+            return self.late(x)
+
+    def paths():
+        layer = timed(Block(), name="timed")
+        layer(vector[None])
+        return [v.path for v in layer.variables]
+
+    with_plugin = paths()
+    backend.uninstall()
+    try:
+        assert paths() == with_plugin
+    finally:
+        backend.install()
+
+
+def test_a_stateless_call_follows_the_policy():
+    layer = layers.Dense(3, dtype="dfp16")
+    layer.build((None, 4))
+    with recording.record() as products:
+        y, _ = layer.stateless_call(layer.trainable_variables, [], vector)
+    assert [(p.layer, p.decision.format) for p in products] == [(layer, DFPFormat())]
+    np.testing.assert_array_equal(y, layer(vector))
 
 
 def test_recurrent_kernels_are_quantised_once_before_the_loop():

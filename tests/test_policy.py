@@ -19,8 +19,14 @@ EVERY_OPTION = {
     "rounding": "stochastic",
     "accumulation": "spill",
     "products": ["forward", "weight_gradient"],
+    "scope": "all",
     "exclude": ["stem*", "head"],
-    "overrides": {"block/*": {"mantissa_bits": 16}, "gate": "float32", "mix": "dfp16"},
+    "overrides": {
+        "block/*": {"mantissa_bits": 16},
+        "norm": {"scope": "weights"},
+        "gate": "float32",
+        "mix": "dfp16",
+    },
 }
 
 
@@ -118,6 +124,8 @@ def test_defaults():
         ({"products": "forward"}, "got the string 'forward'"),
         ({"products": ["backward"]}, "'input_gradient', 'weight_gradient'; got 'backward'"),
         ({"products": []}, "at least one"),
+        ({"scope": "attention"}, "scope must be 'weights' or 'all'; got 'attention'"),
+        ({"overrides": {"head": {"scope": 1}}}, "scope must be 'weights' or 'all'; got 1"),
         ({"exclude": "head"}, "list of patterns; got the string 'head'"),
         ({"exclude": [3]}, "non-empty strings; got 3"),
         ({"overrides": {"head": {"bits": 12}}}, r"overrides\['head'\] may change mantissa_bits"),
@@ -141,6 +149,15 @@ def test_serialisation_keeps_every_option():
     assert layers.Dense.from_config(layers.Dense(1, dtype=policy).get_config()).dtype_policy == (
         policy
     )
+
+
+def test_a_config_from_before_there_was_a_scope():
+    policy = DFPPolicy(exclude=["head"], overrides={"gate": {"mantissa_bits": 16}})
+    config = policy.get_config()
+    del config["scope"], config["overrides"]["gate"]["scope"]
+    assert DFPPolicy.from_config(config) == policy
+    assert policy.scope == "weights" and "scope='weights'" not in repr(DFPPolicy(exclude=["a"]))
+    assert DFPPolicy(scope="weights") == DFPPolicy()
 
 
 @pytest.mark.parametrize("option", EVERY_OPTION)
@@ -279,7 +296,7 @@ def composite():
 
 
 def test_composite_models_keep_their_policy(tmp_path):
-    with keras_dfp.policy_scope("dfp16"):
+    with keras_dfp.policy_scope(DFPPolicy(scope="all")):
         model = composite()
     rows = keras_dfp.describe(model).rows
     assert all(row["format"] for row in rows) and len(rows) == 12
@@ -348,7 +365,7 @@ def test_set_model_policy_there_and_back_keeps_weights_and_optimizer():
 
 def test_set_model_policy_reaches_layers_inside_layers():
     model = composite()
-    keras_dfp.set_model_policy(model, "dfp16")
+    keras_dfp.set_model_policy(model, DFPPolicy(scope="all"))
     assert all(row["format"] for row in keras_dfp.describe(model).rows)
     keras_dfp.set_model_policy(model, "float32")
     assert not any(row["format"] for row in keras_dfp.describe(model).rows)

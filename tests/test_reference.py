@@ -105,19 +105,18 @@ def philox_word(seed, tensor_id, step, i):
     return c[i % 4]
 
 
-def naive_quantize(x, bits, rounding, exponent=None, seed=0, tensor_id=0, step=0):
+def naive_quantize(x, bits, rounding, exponent=None, seed=0, tensor_id=0, step=0, first=0):
+    """Mantissas and exponent of one group, whose first element is element `first` of the tensor."""
     flat = bits_of(x)
     if exponent == NAN_EXPONENT or any(b & 0x7FFFFFFF >= 0x7F800000 for b in flat):
         return [0] * len(flat), NAN_EXPONENT
     values = [value_signed(b) for b in flat]
     if exponent is None:
         amax = max(map(abs, values), default=0)
-        exponent = 0
-        if amax:
-            log = -149
-            while power(log + 1) <= amax:
-                log += 1
-            exponent = log - (bits - 2)
+        log = -149
+        while power(log + 1) <= amax:
+            log += 1
+        exponent = log - (bits - 2)
     q = []
     for i, value in enumerate(values):
         scaled = value / power(exponent)
@@ -126,10 +125,32 @@ def naive_quantize(x, bits, rounding, exponent=None, seed=0, tensor_id=0, step=0
         elif rounding == "truncate":
             rounded = math.trunc(scaled)
         else:
-            u = fractions.Fraction(philox_word(seed, tensor_id, step, i) >> 8, 2**24)
+            u = fractions.Fraction(philox_word(seed, tensor_id, step, first + i) >> 8, 2**24)
             rounded = math.floor(scaled + u)
         q.append(min(max(rounded, -q_max(bits)), q_max(bits)))
     return q, exponent
+
+
+def sum_of_groups(terms, ek, e, length, accumulation):
+    """The float32 bits of a sum over pairs (a, b) of mantissas, in chunks of `length`.
+
+    Args:
+        terms: The pairs.
+        ek: Of each pair, the sum of those exponents of a and b that differ along the sum.
+        e: The sum of the other ones.
+        length: Pairs of a chunk.
+        accumulation: "exact" or "spill".
+    """
+    if NAN_EXPONENT in (e, *ek):
+        return NAN_BITS
+    most = max(ek, default=0)
+    products = [a * round(b / power(most - one)) for (a, b), one in zip(terms, ek, strict=True)]
+    chunks = [sum(products[k : k + length]) for k in range(0, len(products), length)]
+    return product(chunks, most + e, accumulation)
+
+
+def added(*exponents):
+    return NAN_EXPONENT if NAN_EXPONENT in exponents else sum(exponents)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,11 +211,19 @@ def links(case):
                 yield Link((n, *i, channel), w, (n, *o, filter_), tap, pixel, c, f)
 
 
-def naive(case, which, a, b, length, e, accumulation):
-    """Bits of the forward product (x, w), the input (dy, w) or the weight gradient (x, dy)."""
+def naive(case, which, a, ea, b, eb, length, accumulation):
+    """Bits of the forward product (x, w), the input (dy, w) or the weight gradient (x, dy).
+
+    Exponents of x and dy are those of their images.
+    """
     x_shape, w_shape, y_shape, _ = shapes(case)
     multiplier = case.filters // case.channels if case.depthwise else None
     sums = collections.defaultdict(lambda: collections.defaultdict(int))
+    if which == "weight":
+        images = [added(*pair) for pair in zip(ea, eb, strict=True)]
+        most = NAN_EXPONENT if NAN_EXPONENT in images else max(images, default=0)
+    else:
+        images = [added(e, eb) for e in ea]
     for link in links(case):
         if which == "forward":
             element, term = link.y, int(a[link.x]) * int(b[link.w])
@@ -207,14 +236,18 @@ def naive(case, which, a, b, length, e, accumulation):
                 else (link.tap, link.f // length)
             )
         else:
-            element, term = link.w, int(a[link.x]) * int(b[link.y])
+            element, term = link.w, 0
+            if most != NAN_EXPONENT:
+                aligned = round(int(b[link.y]) / power(most - images[link.y[0]]))
+                term = int(a[link.x]) * aligned
             chunk = link.pixel // length
         sums[element][chunk] += term
     shape = {"forward": y_shape, "input": x_shape, "weight": w_shape}[which]
     result = []
     for element in itertools.product(*map(range, shape)):
         chunks = [total for _, total in sorted(sums[element].items())]
-        result.append(product(chunks, e, accumulation))
+        e = most if which == "weight" else images[element[0]]
+        result.append(NAN_BITS if e == NAN_EXPONENT else product(chunks, e, accumulation))
     return shape, result
 
 
@@ -280,14 +313,25 @@ def cases(draw, depthwise=False):
     )
 
 
+def of_images(case, exponents):
+    """One or more exponents as a list of one for each image; those of a list take turns."""
+    exponents = np.ravel(exponents).tolist()
+    return [exponents[n % len(exponents)] for n in range(case.batch)]
+
+
 def compare(case, which, seed, bits_a, bits_b, kind, exponents, accumulation):
+    """Compares the reference with the naive statement; lists of exponents are those of images."""
     rng = np.random.default_rng(seed)
     shape_a, shape_b = operands(case, which)
     qa, qb = mantissas(rng, shape_a, bits_a, kind), mantissas(rng, shape_b, bits_b, kind)
-    y = computed(case, which, qa, exponents[0], qb, exponents[1], bits_a, bits_b, accumulation)
-    shape, expected = naive(
-        case, which, qa, qb, chain(bits_a, bits_b), sum(exponents), accumulation
+    ea, eb = (
+        np.array(of_images(case, e), np.int32) if isinstance(e, list) else e for e in exponents
     )
+    y = computed(case, which, qa, ea, qb, eb, bits_a, bits_b, accumulation)
+    ea = of_images(case, ea) if case.batch else []
+    if which == "weight":
+        eb = of_images(case, eb) if case.batch else []
+    shape, expected = naive(case, which, qa, ea, qb, eb, chain(bits_a, bits_b), accumulation)
     assert y.dtype == np.float32
     assert y.shape == shape
     assert bits_of(y) == expected
@@ -369,6 +413,27 @@ def test_dequantize():
         reference.dequantize(q.astype(np.int32), 0)
     with pytest.raises(ValueError, match="int32"):
         reference.dequantize(q, 2**31)
+    with pytest.raises(ValueError, match=r"leading axes of \(2, 3\), received \(3,\)"):
+        reference.dequantize(q, np.zeros(3, np.int32))
+
+
+def test_dequantize_groups():
+    q = np.random.default_rng(0).integers(-8191, 8192, (3, 2, 4)).astype(np.int16)
+    rows = np.array([[0, -150], [121, NAN_EXPONENT], [-20, 3]])
+    for e in (rows, rows[:, 1], np.repeat(rows[..., np.newaxis], 4, axis=-1)):
+        y = reference.dequantize(q, e)
+        for index in np.ndindex(e.shape):
+            one = reference.dequantize(q[index], int(e[index]))
+            assert bits_of(y[index]) == bits_of(one)
+
+
+@check
+@given(st.integers(-(2**15), 2**15), st.integers(0, 80))
+def test_align(q, shift):
+    assert reference.align(np.array([q, -q]), shift).tolist() == [
+        round(q / power(shift)),
+        round(-q / power(shift)),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -464,6 +529,67 @@ def test_quantize_of_ordinary_values(rounding):
         assert error.max() <= 2.0**e  # also where clamping cost half a unit
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "truncate", "stochastic"])
+@pytest.mark.parametrize("group_axes", [0, 1, 2, 3])
+def test_groups_are_quantized_one_by_one(rounding, group_axes):
+    rng = np.random.default_rng(group_axes)
+    x = rng.standard_normal((4, 2, 5)) * 10.0 ** rng.integers(-44, 38, (4, 2, 1))
+    x = x.astype(np.float32)
+    x[0, 1], x[1, 0], x[2, 1, 3] = 0, -0.0, np.nan
+    x[3] = floats([0x1, 0x80000003, 0x7FFFFF, 0x0, 0x12345])
+    noise = {"seed": 7, "tensor_id": 2, "step": 2**40 + 5}
+    given = rng.integers(-200, 140, x.shape[:group_axes], np.int32)
+    if group_axes:
+        given.flat[-1] = NAN_EXPONENT
+    for bits in (8, 14, 16):
+        for exponent in (None, given):
+            q, e = reference.quantize(x, bits, rounding, exponent, **noise, group_axes=group_axes)
+            assert (q.shape, e.shape) == (x.shape, x.shape[:group_axes])
+            assert (q.dtype, e.dtype) == (np.int16, np.int32)
+            size = math.prod(x.shape[group_axes:])
+            for number, index in enumerate(np.ndindex(e.shape)):
+                one = None if exponent is None else int(given[index])
+                expected = naive_quantize(
+                    x[index], bits, rounding, one, **noise, first=number * size
+                )
+                assert (np.ravel(q[index]).tolist(), int(e[index])) == expected
+
+
+@check
+@given(st.lists(st.floats(width=32), min_size=6, max_size=6), st.integers(8, 16))
+def test_a_group_knows_nothing_of_the_others(values, bits):
+    x = np.array(values, np.float32).reshape(3, 2)
+    q, e = reference.quantize(x, bits, group_axes=1)
+    for row in range(3):
+        alone, exponent = reference.quantize(x[row], bits)
+        assert (q[row].tolist(), e[row]) == (alone.tolist(), exponent)
+
+
+def test_zeros_and_nothing_have_the_least_exponent():
+    for bits in range(8, 17):
+        for x in (np.zeros((2, 3)), np.full((2, 3), -0.0), np.zeros((2, 0))):
+            q, e = reference.quantize(x.astype(np.float32), bits, group_axes=1)
+            assert (np.any(q), e.tolist()) == (False, [-149 - (bits - 2)] * 2)
+    assert reference.quantize(np.zeros((0, 3), np.float32), group_axes=1)[1].shape == (0,)
+
+
+def test_a_nan_stays_in_its_group():
+    x = np.ones((3, 2), np.float32)
+    x[1] = np.inf, 5
+    q, e = reference.quantize(x, 14, group_axes=1)
+    assert q.tolist() == [[4096] * 2, [0] * 2, [4096] * 2]
+    assert e.tolist() == [-12, NAN_EXPONENT, -12]
+    # With their own exponents, x and w are what they were: only sums with the NaN are NaN.
+    w = np.array([[4096], [4096]], np.int16)
+    y = reference.matmul(q, e[:, np.newaxis], w, -12)
+    np.testing.assert_array_equal(y, [[2], [np.nan], [2]])
+    dw = reference.matmul(q.T, e[np.newaxis], np.ones((3, 1), np.int16), 0)
+    np.testing.assert_array_equal(dw, [[np.nan], [np.nan]])
+    options = {"x_bits": 14, "w_bits": 14}
+    y = reference.conv(q[:, :, np.newaxis], e, w.reshape(2, 1, 1), -12, **options)
+    np.testing.assert_array_equal(y.ravel(), [2, np.nan, 2])
+
+
 def test_quantize_uses_the_whole_mantissa():
     for bits in range(8, 17):
         q, e = reference.quantize(np.array([1.0, -1.0], np.float32), bits)
@@ -516,6 +642,12 @@ def test_stochastic_rounding_at_both_ends_of_the_noise():
         ({"exponent": 2**31}, "int32"),
         ({"step": -1}, "step"),
         ({"step": 2**63}, "step"),
+        ({"group_axes": -1}, "`group_axes` must be from 0 to the rank of `x`, 1; received -1"),
+        ({"group_axes": 2}, "received 2"),
+        ({"exponent": np.zeros(3, np.int32)}, r"shape \(\), received \(3,\)"),
+        ({"exponent": 0, "group_axes": 1}, r"shape \(3,\), received \(\)"),
+        ({"exponent": np.zeros(4, np.int32), "group_axes": 1}, r"received \(4,\)"),
+        ({"exponent": np.zeros(3), "group_axes": 1}, "int32"),
     ],
 )
 def test_quantize_refuses(arguments, message):
@@ -557,6 +689,8 @@ def test_nothing_depends_on_the_units_flush_modes():
         for rounding in ("nearest", "truncate", "stochastic"):
             mantissa, e = reference.quantize(x, 14, rounding)
             results += [*mantissa.tolist(), e, *reference.quantize(x, 14, rounding, -149)[0]]
+            mantissa, e = reference.quantize(x.reshape(8, 3), 14, rounding, group_axes=1)
+            results += [*mantissa.ravel().tolist(), *e.tolist()]
         results += bits_of(reference.dequantize(q, -150))
         for accumulation in ("exact", "spill"):
             results += bits_of(reference.matmul(q, -80, q, -70, accumulation=accumulation))
@@ -644,6 +778,56 @@ def test_matmul(batch, sizes, a_bits, b_bits, kind, e, accumulation, seed):
     assert bits_of(y) == expected
 
 
+EXPONENTS = st.one_of(st.integers(-20, 20), st.integers(-300, 90), st.just(NAN_EXPONENT))
+
+
+@check
+@given(st.data())
+def test_matmul_of_groups(data):
+    """Rows, columns or products of either factor have exponents of their own."""
+    draw = data.draw
+    batch = draw(st.lists(st.integers(0, 2), max_size=2))
+    rows, depth, columns = (draw(st.integers(1, n)) for n in (3, 9, 3))
+    a_bits, b_bits = draw(st.sampled_from(BITS)), draw(st.sampled_from(BITS))
+    accumulation = draw(st.sampled_from(["exact", "spill"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    qa = mantissas(rng, (*batch, rows, depth), a_bits, draw(st.sampled_from(["random", "signs"])))
+    qb = mantissas(rng, (*batch, depth, columns), b_bits)
+    exponents = []
+    for shape in (qa.shape, qb.shape):
+        axis = draw(st.sampled_from([-2, -1]))
+        shape = (*shape[:-2], *(n if i == axis else 1 for i, n in zip((-2, -1), shape[-2:])))
+        shape = draw(st.sampled_from([shape, (*shape[:-2], 1, 1), ()]))
+        size = math.prod(shape)
+        drawn = draw(st.lists(EXPONENTS, min_size=size, max_size=size))
+        exponents.append(np.array(drawn, np.int32).reshape(shape))
+    ea, eb = (np.broadcast_to(e, q.shape) for e, q in zip(exponents, (qa, qb), strict=True))
+    expected = []
+    for *n, i, j in itertools.product(*map(range, batch), range(rows), range(columns)):
+        a, b = (*n, i), (*n, slice(None), j)
+        terms = list(zip(qa[a].tolist(), qb[b].tolist(), strict=True))
+        ek = [added(*pair) for pair in zip(ea[a].tolist(), eb[b].tolist(), strict=True)]
+        expected.append(sum_of_groups(terms, ek, 0, chain(a_bits, b_bits), accumulation))
+    y = reference.matmul(
+        *(qa, exponents[0], qb, exponents[1]),
+        a_bits=a_bits,
+        b_bits=b_bits,
+        accumulation=accumulation,
+    )
+    assert y.shape == (*batch, rows, columns)
+    assert bits_of(y) == expected
+
+
+def test_alignment_rounds_to_nearest_even_and_to_nothing():
+    # b stands for 2**-e of what is summed: each shift alone, beside a zero with the exponent 0.
+    for shift in range(41):
+        for b in (1, 2, 3, 5, 6, 7, 8191, 8190, 2 ** min(shift, 13) - 1, 3 * 2 ** min(shift, 12)):
+            for sign in (1, -1):
+                qa, qb = np.array([[1, 1]], np.int16), np.array([[sign * b], [0]], np.int16)
+                y = reference.matmul(qa, np.array([[-shift, 0]]), qb, 0, b_bits=15)
+                assert y == round(sign * b / power(shift))
+
+
 def test_spilling_adds_chunks_in_order():
     # At 16 bits a chunk is two products; beside 2**31, a float32 sum loses the 1.
     large, one = [32767, 32767], [1, 0]
@@ -672,6 +856,10 @@ def test_spilling_adds_chunks_in_order():
         ({"qa": np.full((2, 3), 8192, np.int16)}, "from -8191 to 8191"),
         ({"qa": np.full((2, 3), -32768, np.int16), "a_bits": 16}, "from -32767 to 32767"),
         ({"ea": 2**31}, "int32"),
+        ({"ea": np.zeros((2, 3), np.int32)}, "`ea` must broadcast .* along one of the last two"),
+        ({"ea": np.zeros((3, 1), np.int32)}, r"\(2, 3\) .* received shape \(3, 1\)"),
+        ({"eb": np.zeros((2, 1), np.int32)}, r"`eb` .* \(3, 2\) .* received shape \(2, 1\)"),
+        ({"eb": np.zeros((1, 1, 1), np.int32)}, "`eb` must broadcast"),
         ({"a_bits": 17}, "8 to 16"),
         ({"accumulation": "double"}, "accumulation"),
     ],
@@ -690,6 +878,8 @@ def test_matmul_refuses(arguments, message):
 @pytest.mark.parametrize("depthwise", [False, True], ids=["conv", "depthwise"])
 @pytest.mark.parametrize("which", ["forward", "input", "weight"])
 def test_convolutions(which, depthwise):
+    one_or_more = st.one_of(st.integers(-90, 60), st.lists(EXPONENTS, min_size=1, max_size=3))
+
     @settings(check, max_examples=200)
     @given(
         cases(depthwise),
@@ -697,7 +887,7 @@ def test_convolutions(which, depthwise):
         st.sampled_from(BITS),
         st.sampled_from(BITS),
         st.sampled_from(["random", "signs", "extreme"]),
-        st.tuples(st.integers(-90, 60), st.integers(-90, 60)),
+        st.tuples(one_or_more, one_or_more if which == "weight" else st.integers(-90, 60)),
         st.sampled_from(["exact", "spill"]),
     )
     def run(case, seed, bits_a, bits_b, kind, exponents, accumulation):
@@ -723,6 +913,9 @@ def test_spilled_convolutions(name, which):
     compare(case, which, 3, 16, 16, "random", (0, 0), "spill")
     compare(case, which, 4, 16, 15, "random", (-3, 5), "spill")
     compare(case, which, 5, 15, 15, "signs", (0, 0), "spill")
+    compare(
+        case, which, 6, 16, 16, "random", ([-3, 2], [1, -1] if which == "weight" else 0), "spill"
+    )
     # What makes the above a test: exact sums differ.
     shape_a, shape_b = operands(case, which)
     rng = np.random.default_rng(3)
@@ -824,6 +1017,29 @@ def test_one_nan_exponent_makes_every_element_nan(accumulation):
         assert set(bits_of(y)) == {NAN_BITS}
 
 
+@pytest.mark.parametrize("depthwise", [False, True], ids=["conv", "depthwise"])
+@pytest.mark.parametrize("which", ["forward", "input"])
+def test_an_image_is_computed_as_it_is_alone(which, depthwise):
+    case = Case(3, (5, 4), (3, 2), (2, 1), (1, 1), "same", 2, 4, 2, depthwise)
+    rng = np.random.default_rng(0)
+    a, b = (mantissas(rng, shape, 14) for shape in operands(case, which))
+    ea = np.array([-3, NAN_EXPONENT, -160])
+    together = computed(case, which, a, ea, b, -7, 14, 14, "exact")
+    for n in range(3):
+        one = case._replace(batch=1)
+        alone = computed(one, which, a[n : n + 1], int(ea[n]), b, -7, 14, 14, "exact")
+        assert bits_of(together[n : n + 1]) == bits_of(alone)
+
+
+@pytest.mark.parametrize("depthwise", [False, True], ids=["conv", "depthwise"])
+def test_one_nan_of_an_image_makes_the_weight_gradient_nan(depthwise):
+    case = Case(2, (3,), (2,), (1,), (1,), "valid", 2, 2, 2, depthwise)
+    a, b = (np.zeros(shape, np.int16) for shape in operands(case, "weight"))
+    for ea, eb in (([0, NAN_EXPONENT], 3), (3, [NAN_EXPONENT, 0]), ([NAN_EXPONENT, 0], [0, 1])):
+        dw = computed(case, "weight", a, np.array(ea), b, np.array(eb), 14, 14, "exact")
+        assert set(bits_of(dw)) == {NAN_BITS}
+
+
 def zeros(*shape):
     return np.zeros(shape, np.int16)
 
@@ -855,6 +1071,7 @@ def zeros(*shape):
         ({"qx": np.full((1, 5, 5, 4), -8192, np.int16)}, "from -8191 to 8191"),
         ({"w_bits": 0}, "8 to 16"),
         ({"ew": -(2**31) - 1}, "int32"),
+        ({"ex": np.zeros(2, np.int32)}, r"`ex` must have the shape of leading axes .* \(2,\)"),
         ({"accumulation": ""}, "accumulation"),
     ],
 )
@@ -875,6 +1092,13 @@ def test_other_convolutions_refuse():
         reference.depthwise_conv_input_gradient(zeros(1, 3, 4), 0, zeros(3, 4, 2), 0, (1, 5, 4))
     with pytest.raises(ValueError, match="`dy` must have shape"):
         reference.depthwise_conv_weight_gradient(zeros(1, 5, 4), 0, zeros(1, 3, 4), 0, (3, 4, 2))
+    pair = np.zeros(2, np.int32)
+    with pytest.raises(ValueError, match="`edy` must have the shape of leading axes"):
+        reference.conv_input_gradient(zeros(1, 3, 2), pair, zeros(3, 4, 2), 0, (1, 5, 4))
+    with pytest.raises(ValueError, match="`edy` must have the shape of leading axes"):
+        reference.conv_weight_gradient(zeros(1, 5, 4), 0, zeros(1, 3, 2), pair, (3, 4, 2))
+    with pytest.raises(ValueError, match="`ex` must have the shape of leading axes"):
+        reference.depthwise_conv_weight_gradient(zeros(1, 5, 4), pair, zeros(1, 3, 4), 0, (3, 4, 1))
     with pytest.raises(ValueError, match="input_shape"):
         reference.conv_input_gradient(zeros(1, 3, 2), 0, zeros(3, 4, 2), 0, (1, -5, 4))
     with pytest.raises(ValueError, match="kernel_shape"):

@@ -102,7 +102,30 @@ def test_raw_tensorflow_in_a_custom_layer_shows_as_float32():
         ("raw", {"MatMul": 1}, None),
         ("raw", {"matmul": 1}, DFPFormat()),
     ]
-    assert "calls TensorFlow's MatMul directly" in str(keras_dfp.describe(model))
+    reason = "calls TensorFlow's MatMul directly; to run it on integers, write keras.ops.matmul"
+    assert reason in str(keras_dfp.describe(model))
+
+
+RAW_PRODUCTS = {
+    "einsum": lambda x, w: tf.einsum("bi,io->bo", x, w),
+    "conv": lambda x, w: tf.nn.conv1d(x[:, None], w[None], 1, "VALID"),
+    "matmul": lambda x, w: tf.tensordot(x, w, 1),
+    "depthwise_conv": lambda x, w: tf.nn.depthwise_conv2d(
+        x[:, None, None], w[None, None], [1] * 4, "VALID"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RAW_PRODUCTS)
+def test_raw_tensorflow_is_told_what_to_write_instead(name):
+    class Raw(RawMatmul):
+        def call(self, x):
+            return RAW_PRODUCTS[name](x, self.kernel)
+
+    (row,) = keras_dfp.describe(Raw(dtype="dfp16"), input_shape=(None, 4)).rows
+    assert row["format"] is None and row["reason"].endswith(f"write keras.ops.{name}")
+    (row,) = keras_dfp.describe(Raw(dtype="float32"), input_shape=(None, 4)).rows
+    assert row["reason"] == "policy float32"
 
 
 def test_a_tensorflow_function_does_not_hide_what_it_multiplies():
@@ -152,7 +175,9 @@ def test_layers_inside_layers_and_loops_are_counted_once():
 
 def test_dictionaries_of_inputs():
     inputs = {name: keras.Input((3,), name=name) for name in ("a", "b")}
-    product = layers.Dot(axes=-1, dtype="dfp16", name="dot")([inputs["a"], inputs["b"]])
+    product = layers.Dot(axes=-1, dtype=DFPPolicy(scope="all"), name="dot")(
+        [inputs["a"], inputs["b"]]
+    )
     assert summary(keras.Model(inputs, product)) == [("dot", {"matmul": 1}, DFPFormat())]
 
 
@@ -200,6 +225,60 @@ def subclassed():
 def test_a_subclassed_model_that_was_called(subclassed):
     subclassed(np.ones((2, 8, 4), "float32"))
     assert summary(subclassed) == EXPECTED
+
+
+class Mixed(keras.Model):
+    """Takes what is not float32, in a structure."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.gate = layers.Dense(4, name="hidden"), layers.Dense(4, name="gate")
+        self.head = layers.Dense(1, name="head")
+
+    def call(self, x, mask=None):
+        return self.head(self.hidden(x["a"]) + self.gate(x["b"]))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "float16", "float64"])
+def test_a_subclassed_model_runs_on_the_dtypes_it_was_fitted_on(dtype):
+    keras_dfp.set_policy("dfp16")
+    model = Mixed()
+    x = {"a": np.ones((4, 3), dtype), "b": np.ones((4, 3), "float32")}
+    model.compile("sgd", "mse")
+    model.fit(x, np.ones((4, 1)), verbose=0)
+    found = keras_dfp.describe(model)
+    assert found == keras_dfp.describe(model, inputs=x)
+    hidden = DFPFormat() if dtype.startswith("float") else None
+    assert [row["format"] for row in found.rows] == [hidden, DFPFormat(), DFPFormat()]
+    # Describing other inputs does not count as a call.
+    keras_dfp.describe(model, inputs={**x, "a": x["b"]})
+    assert keras_dfp.describe(model) == found
+    # A later call does.
+    model({**x, "a": x["b"]})
+    assert all(row["format"] for row in keras_dfp.describe(model).rows)
+
+
+def test_sparse_inputs_are_remembered_as_sparse():
+    layer = layers.Dense(2, dtype="dfp16")
+    x = tf.sparse.from_dense(np.eye(3, dtype="float32"))
+    layer(x)
+    (row,) = keras_dfp.describe(layer).rows
+    assert (row["format"], row["reason"]) == (None, "an operand is a SparseTensor")
+    assert keras_dfp.describe(layer, inputs=x).rows == [row]
+
+
+def test_a_model_that_was_only_built_is_taken_to_be_float32_and_says_so(subclassed):
+    subclassed.build((None, 8, 4))
+    with pytest.warns(UserWarning, match="takes its inputs to be float32.*pass inputs="):
+        assert summary(subclassed) == EXPECTED
+
+
+def test_a_sequential_model_casts_its_inputs():
+    model = keras.Sequential([layers.Dense(2, dtype="dfp16", name="dense")])
+    model.compile("sgd", "mse")
+    x = np.ones((4, 3), "int64")
+    model.fit(x, np.ones((4, 2)), verbose=0)
+    assert summary(model) == summary(model, x) == [("dense", {"matmul": 1}, DFPFormat())]
 
 
 def test_a_subclassed_model_with_an_input_shape(subclassed):

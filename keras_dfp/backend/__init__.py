@@ -8,6 +8,7 @@ dispatcher, which asks the calling layer's dtype policy what to do:
                          products.py:      dispatch
                          calling.py:    calling_layer()   innermost layer on Keras's name scopes
                          calling.py:    decide(layer)     layer.dtype_policy: a format, or FP32
+                                        in_scope(...)     does it take this product of the layer?
                                          /          \\
                             keras_dfp.ops.matmul    Keras's own matmul
 
@@ -16,9 +17,11 @@ layer with another policy computes exactly what it computes without the plugin.
 
     registry.py    the one list of what is replaced; install, uninstall
     calling.py     who is calling, and what its policy decides
+    inputs.py      what a model was last called with
     products.py    the dispatchers: convolutions, matmul, einsum, attention
     rnn.py         constants of a recurrent loop are quantised before it
-    remat.py       recomputed layers keep their policy
+    remat.py       recomputation and custom gradients keep their policy
+    losses.py      a warning where an operand loses much of itself
     jit.py         no XLA for layers on integers
     recording.py   watches a trace, for `describe`
 
@@ -27,6 +30,7 @@ To do one more thing differently, decorate `make(original) -> replacement` with
 that concern policies.
 """
 
+from keras_dfp.backend import inputs as inputs
 from keras_dfp.backend import jit as jit
 from keras_dfp.backend import products as products
 from keras_dfp.backend import remat as remat

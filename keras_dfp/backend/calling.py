@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import keras
+import tensorflow as tf
 from keras.src.backend.common import global_state
+from keras.src.backend.common.name_scope import current_path
 
+from keras_dfp.backend.registry import replaces
 from keras_dfp.number import DFPFormat
+
+SCOPES = ("weights", "all")
+ATTENTION = (
+    keras.layers.Attention,  # AdditiveAttention is one
+    keras.layers.MultiHeadAttention,
+    keras.layers.GroupQueryAttention,
+)
+_STACK = "name_scope_stack"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +29,16 @@ class Decision:
     """How a layer's products run: on integers in `format`, or in FP32 if that is `None`.
 
     `reason` says why, in words a user reads in `describe(model)`; it is empty where nothing but
-    the layer's policy decided.
+    the layer's policy decided. `scope` says which products of the layer this is about: `"all"`,
+    or those of `"weights"`, as `in_scope` tells them.
     """
 
     format: DFPFormat | None
     reason: str = ""
+    scope: str = "all"
+
+
+# ---- who is calling ------------------------------------------------------------------------------
 
 
 def calling_layer() -> keras.layers.Layer | None:
@@ -27,10 +46,76 @@ def calling_layer() -> keras.layers.Layer | None:
 
     Optimizers and metrics open name scopes too: what they multiply is no layer's.
     """
-    for scope in reversed(global_state.get_global_attribute("name_scope_stack") or ()):
+    for scope in reversed(global_state.get_global_attribute(_STACK) or ()):
         if scope.caller is not None:
             return scope.caller if isinstance(scope.caller, keras.layers.Layer) else None
     return None
+
+
+def bind_caller(function: Callable) -> Callable:
+    """Returns a function that runs as if called by the layer that is being called now.
+
+    TensorFlow calls some functions in the backward pass, where no layer is being called any more;
+    Keras's stack of name scopes is what tells the layer, and its policy.
+    """
+    scopes = list(global_state.get_global_attribute(_STACK) or ())
+
+    @functools.wraps(function)
+    def bound(*args, **kwargs):
+        with _name_scopes(list(scopes)):
+            return function(*args, **kwargs)
+
+    return bound
+
+
+class _Caller:
+    """An entry of Keras's stack of name scopes that tells a layer and changes no path."""
+
+    def __init__(self, layer):
+        self.caller = layer
+        self.override_parent, _, self.name = current_path().rpartition("/")
+
+
+def _called_as(layer):
+    return _name_scopes([*(global_state.get_global_attribute(_STACK) or ()), _Caller(layer)])
+
+
+@contextlib.contextmanager
+def _name_scopes(scopes) -> Iterator[None]:
+    outer = global_state.get_global_attribute(_STACK)
+    global_state.set_global_attribute(_STACK, scopes)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_STACK, outer)
+
+
+# Where Keras runs a layer's `call` directly, the layer opens no name scope. Opening it would rename
+# variables that are created inside, also those of float32 models.
+
+
+@replaces(keras.layers.TimeDistributed, "call")
+def _time_distributed(original):
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        # TimeDistributed itself multiplies nothing.
+        with _called_as(self.layer):
+            return original(self, *args, **kwargs)
+
+    return call
+
+
+@replaces(keras.layers.Layer, "stateless_call")
+def _stateless_call(original):
+    @functools.wraps(original)
+    def stateless_call(self, *args, **kwargs):
+        with _called_as(self):
+            return original(self, *args, **kwargs)
+
+    return stateless_call
+
+
+# ---- what its policy says ------------------------------------------------------------------------
 
 
 def decide(layer: keras.layers.Layer | None) -> Decision:
@@ -55,3 +140,27 @@ def float32_by_default(layer: keras.layers.Layer) -> str:
     if any(c.__module__.startswith("keras.src.layers.preprocessing") for c in type(layer).__mro__):
         return "preprocessing stays FP32 by default"
     return ""
+
+
+def in_scope(
+    decision: Decision, layer: keras.layers.Layer, operation: str, operands: Iterable
+) -> Decision:
+    """Returns what a decision about a layer says of one of its products.
+
+    What a layer without weights multiplies (positions, distances, filters, patches) is often
+    float32 on purpose; so the scope `"weights"` leaves it there, but for attention.
+    """
+    if (
+        decision.scope == "all"
+        or owns_weights(layer)
+        or isinstance(layer, ATTENTION)
+        or operation == "dot_product_attention"
+        or any(isinstance(x, (keras.Variable, tf.Variable)) for x in operands)
+    ):
+        return decision
+    return Decision(None, "the layer has no weights; scope='all' takes it")
+
+
+def owns_weights(layer: keras.layers.Layer) -> bool:
+    """Tells whether a layer has variables of its own, those of the layers inside it apart."""
+    return bool(layer._trainable_variables or layer._non_trainable_variables)

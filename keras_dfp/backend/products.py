@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn
 from keras.src.backend.tensorflow import numpy as knp
+from keras.src.ops import image
 
-from keras_dfp import ops
+from keras_dfp import auditing, ops
 from keras_dfp.backend import recording
-from keras_dfp.backend.calling import Decision, calling_layer, decide
+from keras_dfp.backend.calling import ATTENTION, Decision, calling_layer, decide, in_scope
+from keras_dfp.backend.losses import site_of
 from keras_dfp.backend.registry import replaces
 from keras_dfp.product import refuse_xla
 
@@ -36,27 +40,65 @@ _PRODUCTS = (
 )
 
 
+class _State(threading.local):
+    stock = False
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def _stock():
+    """Leaves to Keras whatever is multiplied inside: the parts of what stays FP32."""
+    outer, _state.stock = _state.stock, True
+    try:
+        yield
+    finally:
+        _state.stock = outer
+
+
 def _route(name: str, split, original):
     """Returns the function that stands for `original` while the plugin is installed.
 
     Args:
         name: The function's name, in Keras and in `keras_dfp.ops`.
-        split: Takes the arguments of a call and returns its operands.
+        split: Takes the arguments of a call and returns its operands, and a function that calls
+            another function with other operands and the rest of the arguments.
         original: Keras's function.
     """
+    ours = getattr(ops, name)
 
     @functools.wraps(original)
     def dispatch(*args, **kwargs):
+        if _state.stock:
+            return original(*args, **kwargs)
         layer = calling_layer()
         decision = decide(layer)
         if decision.format is not None:
-            decision = _check_operands(decision, split(*args, **kwargs))
+            operands, again = split(*args, **kwargs)
+            decision = _check_operands(decision, operands)
+            decision = in_scope(decision, layer, name, operands)
         with recording.product(layer, name, decision):
             if decision.format is None:
-                return original(*args, **kwargs)
+                with _stock():
+                    return original(*args, **kwargs)
             refuse_xla(f"layer '{layer.path or layer.name}'")
-            with ops.format_scope(decision.format):
-                return getattr(ops, name)(*args, **kwargs)
+            # What attention multiplies its values by is meant to be near zero where it is.
+            watched = (1,) if isinstance(layer, ATTENTION) else (0, 1)
+
+            def on_integers(*operands):
+                with ops.format_scope(decision.format), ops.site_scope(site_of(layer), watched):
+                    return again(ours, operands)
+
+            audit = auditing.current()
+            if audit is None or not tf.executing_eagerly():
+                return on_integers(*operands)
+
+            def stock(*operands):
+                with _stock():
+                    return again(original, operands)
+
+            return audit.product(layer, name, decision.format, operands, on_integers, stock)
 
     return dispatch
 
@@ -79,7 +121,9 @@ def _register(owner, name: str, operands: int, parameters: str) -> None:
         signature = inspect.signature(original)
 
         def split(*args, **kwargs):
-            return list(signature.bind(*args, **kwargs).arguments.values())[:operands]
+            given = signature.bind(*args, **kwargs).arguments
+            rest = dict(list(given.items())[operands:])
+            return list(given.values())[:operands], lambda f, changed: f(*changed, **rest)
 
         return _route(name, split, original)
 
@@ -90,4 +134,55 @@ for _product in _PRODUCTS:
 
 @replaces(knp, "einsum", "subscripts operands kwargs")
 def _einsum(original):
-    return _route("einsum", lambda subscripts, *operands, **kwargs: operands, original)
+    def split(subscripts, *operands, **kwargs):
+        return operands, lambda f, changed: f(subscripts, *changed, **kwargs)
+
+    return _route("einsum", split, original)
+
+
+# `x @ w` of two tensors, or of a tensor and a variable, is TensorFlow's operator. That of a
+# keras.Variable is keras.ops.matmul.
+
+
+def _split_pair(x1, x2):
+    return (x1, x2), lambda f, changed: f(*changed)
+
+
+@replaces(tf.Tensor, "__matmul__", "* *")
+@replaces(tf.Variable, "__matmul__", "* *")
+def _operator(original):
+    return _route("matmul", _split_pair, original)
+
+
+@replaces(tf.Tensor, "__rmatmul__", "* *")
+@replaces(tf.Variable, "__rmatmul__", "* *")
+def _reflected_operator(original):
+    dispatch = _route("matmul", _split_pair, lambda x1, x2: original(x2, x1))
+
+    @functools.wraps(original)
+    def reflected(x2, x1):
+        return dispatch(x1, x2)
+
+    return reflected
+
+
+# ---- convolutions that move data -----------------------------------------------------------------
+
+
+def _register_movement(name: str) -> None:
+    @replaces(image, name)
+    def make(original):
+        @functools.wraps(original)
+        def move(*args, **kwargs):
+            with recording.product(calling_layer(), name.lstrip("_"), _MOVEMENT), _stock():
+                return original(*args, **kwargs)
+
+        return move
+
+
+_MOVEMENT = Decision(None, "moves data; a convolution on integers would round it")
+
+# They multiply by an identity matrix. Not all of them exist in every Keras.
+for _name in ("_extract_patches", "_extract_patches_3d"):
+    if hasattr(image, _name):
+        _register_movement(_name)

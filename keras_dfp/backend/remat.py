@@ -1,14 +1,15 @@
-"""Rematerialisation: the recomputation runs under the policy of the first computation."""
+"""What runs in the backward pass, recomputation and gradients of the user's, keeps its policy."""
 
 import contextlib
 import functools
+import inspect
 
-from keras.src.backend.common import global_state
+import tensorflow as tf
 from keras.src.backend.tensorflow import core
 
+from keras_dfp.backend import recording
+from keras_dfp.backend.calling import bind_caller
 from keras_dfp.backend.registry import replaces
-
-_SCOPES = "name_scope_stack"
 
 
 @replaces(core, "remat", "f")
@@ -17,27 +18,38 @@ def _remat(original):
     def remat(f):
         @functools.wraps(f)
         def rematerialised(*args, **kwargs):
-            # TensorFlow calls the function again in the backward pass, where no layer is being
-            # called any more; Keras's stack of layers is what tells the layer, and its policy.
-            scopes = list(global_state.get_global_attribute(_SCOPES) or ())
-
-            @functools.wraps(f)
-            def in_layer(*args, **kwargs):
-                with _name_scopes(scopes):
-                    return f(*args, **kwargs)
-
-            return original(in_layer)(*args, **kwargs)
+            return original(bind_caller(f))(*args, **kwargs)
 
         return rematerialised
 
     return remat
 
 
-@contextlib.contextmanager
-def _name_scopes(scopes):
-    outer = global_state.get_global_attribute(_SCOPES)
-    global_state.set_global_attribute(_SCOPES, list(scopes))
-    try:
-        yield
-    finally:
-        global_state.set_global_attribute(_SCOPES, outer)
+@replaces(core, "custom_gradient", "fun")
+def _custom_gradient(original):
+    @functools.wraps(original)
+    def custom_gradient(fun):
+        @functools.wraps(fun)
+        def forward(*args, **kwargs):
+            recorded = recording.active()
+            with tf.GradientTape() if recorded else contextlib.nullcontext() as tape:
+                outputs, gradient = fun(*args, **kwargs)
+            backward = bind_caller(gradient)
+            # TensorFlow looks there for an argument `variables`.
+            backward.__signature__ = inspect.signature(gradient)
+            if recorded:
+                _trace(backward, outputs, tape.watched_variables())
+            return outputs, backward
+
+        return original(forward)
+
+    return custom_gradient
+
+
+def _trace(backward, outputs, variables):
+    """Shows the recording what the backward function multiplies."""
+    upstream = map(tf.ones_like, tf.nest.flatten(outputs))
+    if variables:
+        backward(*upstream, variables=variables)
+    else:
+        backward(*upstream)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from keras_dfp.cli.audit import audit
 from keras_dfp.cli.bench import bench
 from keras_dfp.cli.compare import compare
 from keras_dfp.cli.describe import describe
@@ -37,6 +38,7 @@ def main() -> None:
       keras-dfp compare              float32 against dfp16, on handwritten digits
       keras-dfp train resnet20 --data cifar10
       keras-dfp describe resnet50    which layers run on integers, and why others do not
+      keras-dfp audit lenet          what integers cost each layer, measured
       keras-dfp bench conv           its speed against TensorFlow's, here
       keras-dfp info                 CPU, kernels, threads, versions
     """
@@ -47,5 +49,6 @@ main.add_command(evaluate)
 main.add_command(export)
 main.add_command(compare)
 main.add_command(describe)
+main.add_command(audit)
 main.add_command(bench)
 main.add_command(info)

@@ -36,7 +36,9 @@ PIXELS = {"0..255": (0.0, 1.0), "0..1": (0.0, 255.0), "-1..1": (127.5, 127.5)}
     help="As for `keras-dfp train`; images of the part to test on are taken.  "
     "[default: the run's; digits for lenet]",
 )
-@click.option("--policy", type=PolicyType(), help=f"{POLICY_HELP}  [default: the model's, or dfp16]")
+@click.option(
+    "--policy", type=PolicyType(), help=f"{POLICY_HELP}  [default: the model's, or dfp16]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option(
     "--pixels",
@@ -47,7 +49,9 @@ PIXELS = {"0..255": (0.0, 1.0), "0..1": (0.0, 255.0), "-1..1": (127.5, 127.5)}
     "know.",
 )
 @click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it: a PNG, PDF or SVG."
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also draw it: a PNG, PDF or SVG.",
 )
 @click.option(
     "--json",

@@ -10,14 +10,14 @@ from keras_dfp.number import DFPFormat
 from keras_dfp.policy import NAMES, DFPPolicy
 
 POLICIES = ("float32", *NAMES, "mixed_bfloat16")
-OPTIONS = tuple(field.name for field in dataclasses.fields(DFPFormat))
+OPTIONS = (*(field.name for field in dataclasses.fields(DFPFormat)), "scope")
 
 
 def policy(spelling: str) -> keras.DTypePolicy:
     """Returns the policy that a word stands for.
 
     Args:
-        spelling: One of `POLICIES`; a DFPPolicy may be followed by options of `DFPFormat`, each
+        spelling: One of `POLICIES`; a DFPPolicy may be followed by options of it, each
             as `:option=value`. Several products are joined by `+`.
 
     Raises:
