@@ -158,7 +158,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
         raise RuntimeError("audit: the plugin is not installed; call keras_dfp.backend.install().")
     if y is not None and not getattr(model, "compiled", False):
         raise ValueError(
-            "audit: labels need a loss, and the model has none. Compile it with one, or leave out y."
+            "audit: labels need a loss, and the model has none. Compile it, or leave out y."
         )
     x = keras.tree.map_structure(tf.convert_to_tensor, x)
     model(x, training=False)  # builds it, outside of what is watched

@@ -76,12 +76,14 @@ cdef extern from "microkernels/table.h" nogil:
         uint32_t (*absmax_bits)(const float*, int64_t) noexcept nogil
         void (*quantize)(const float*, int64_t, float, float, float, bint, bint,
                          int16_t*) noexcept nogil
-        void (*absmax_groups)(const float*, int64_t, int64_t, uint32_t*) noexcept nogil
+        void (*exponents)(const float*, int64_t, int64_t, int, int32_t*) noexcept nogil
         void (*quantize_groups)(const float*, int64_t, int64_t, const int32_t*, float, bint,
                                 int16_t*) noexcept nogil
         void (*stochastic)(const float*, int64_t, int64_t, int64_t, const int32_t*, double,
                            const uint32_t*, uint64_t, int16_t*) noexcept nogil
         void (*count)(const float*, const int16_t*, int64_t, uint32_t, int64_t*) noexcept nogil
+        int64_t (*zeros)(const int16_t*, int64_t) noexcept nogil
+        bint (*suspect)(const float*, const int16_t*, int64_t) noexcept nogil
         void (*align)(const int16_t*, int64_t, int, int16_t*) noexcept nogil
         void (*align_pairs)(int16_t*, int64_t, int, int) noexcept nogil
         void (*interleave)(const int16_t*, const int16_t*, int64_t, int64_t, int64_t, int, int64_t,

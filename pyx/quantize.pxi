@@ -13,7 +13,6 @@ cdef enum:
     NAN_EXPONENT = -2147483647 - 1
     QUANTIZE_CHUNK = 131072     # a task's elements, at least: 20 us of work
     QUANTIZE_GROUP = 524288     # of a group that stays in a cache while it is read twice
-    SHORT_GROUPS = 1024         # groups of few elements at a time
     TELLING = 64                # elements that are not zero, fewer of which tell nothing
 
 cdef struct Quantize:
@@ -26,12 +25,12 @@ cdef struct Quantize:
     uint64_t step
     int16_t* q
     int32_t* e
-    # What is counted, if it is: as by dfp_kernel.count, for the tensor, and for each group where
-    # groups are taken in pieces; and the group that lost most, see `weigh`.
-    bint counting
+    # What is counted, as by dfp_kernel.count: for the tensor, and for each group where groups are
+    # taken in pieces. Those who only watch look closer at what is suspect.
+    bint counting, watching
     int64_t counts[3]
     int64_t* group_counts
-    uint64_t worst
+    uint64_t worst              # the group that lost most, see `weigh`
     # The state of a run.
     int64_t pieces, piece       # of a group, and their elements
     int64_t block               # groups of a task
@@ -75,53 +74,48 @@ cdef void round_group(Quantize* z, int64_t group, int64_t first, int64_t n,
                     <float>qmax_of(z.bits), z.rounding == TRUNCATE, stream, z.q + at)
 
 
-cdef void round_short_groups(Quantize* z, int64_t first, int64_t count) noexcept nogil:
-    """Writes the mantissas of up to SHORT_GROUPS groups of few elements."""
-    cdef int32_t e[SHORT_GROUPS]
-    cdef int64_t at = first * z.n, g
-    cdef bint nan = False
-    if z.n == 0:
-        return
-    for g in range(count):
-        nan |= z.e[first + g] == NAN_EXPONENT
-        e[g] = clamp_exponent(z.e[first + g])
-    if z.rounding == STOCHASTIC:
-        kernel.stochastic(z.x + at, count, z.n, at, e, qmax_of(z.bits), z.key, z.step, z.q + at)
-    else:
-        kernel.quantize_groups(z.x + at, count, z.n, e, <float>qmax_of(z.bits),
-                               z.rounding == TRUNCATE, z.q + at)
-    if nan:
-        for g in range(first, first + count):
-            if z.e[g] == NAN_EXPONENT:
-                memset(z.q + g * z.n, 0, z.n * sizeof(int16_t))
-
-
 cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
     """Whole groups, read and written in one go."""
     cdef Quantize* z = <Quantize*>work
-    cdef int64_t g = i * z.block, end = min(z.groups, g + z.block), count
-    cdef int64_t k
+    cdef int64_t first = i * z.block, count = min(z.groups - first, z.block), g, at = first * z.n
     cdef int64_t counts[3]
-    cdef uint32_t most[SHORT_GROUPS]
-    if z.n <= DFP_SHORT:
-        while g < end:
-            count = min(end - g, <int64_t>SHORT_GROUPS)
-            kernel.absmax_groups(z.x + g * z.n, count, z.n, most)
-            for k in range(count):
-                z.e[g + k] = exponent_of(z, g + k, most[k])
-            round_short_groups(z, g, count)
-            g += count
+    if 0 < z.n <= DFP_SHORT:
+        if z.given == NULL:
+            kernel.exponents(z.x + at, count, z.n, z.bits, z.e + first)
+        else:
+            for g in range(first, first + count):
+                z.e[g] = exponent_of(z, g, kernel.absmax_bits(z.x + g * z.n, z.n))
+        if z.rounding != STOCHASTIC:
+            kernel.quantize_groups(z.x + at, count, z.n, z.e + first, <float>qmax_of(z.bits),
+                                   z.rounding == TRUNCATE, z.q + at)
+        else:
+            kernel.stochastic(z.x + at, count, z.n, at, z.e + first, qmax_of(z.bits), z.key,
+                              z.step, z.q + at)
+            for g in range(first, first + count):
+                if z.e[g] == NAN_EXPONENT:
+                    memset(z.q + g * z.n, 0, z.n * sizeof(int16_t))
     else:
-        while g < end:
+        for g in range(first, first + count):
             z.e[g] = exponent_of(z, g, kernel.absmax_bits(z.x + g * z.n, z.n))
             round_group(z, g, 0, z.n, z.stream)
-            g += 1
-    if z.counting:
-        for g in range(i * z.block, end):
-            memset(counts, 0, sizeof(counts))
-            count_group(z, g, 0, z.n, counts)
-            add_counts(z.counts, counts)
-            weigh(z, counts)
+    if z.counting or (z.watching and z.n >= TELLING and may_lose(z, at, count * z.n)):
+        for g in range(first, first + count):
+            if z.counting or kernel.suspect(z.x + g * z.n, z.q + g * z.n, z.n):
+                memset(counts, 0, sizeof(counts))
+                count_group(z, g, 0, z.n, counts)
+                add_counts(z.counts, counts)
+                weigh(z, counts)
+
+
+cdef inline bint may_lose(const Quantize* z, int64_t first, int64_t n) noexcept nogil:
+    """Have small groups any chance to have lost what is worth looking for?"""
+    cdef int64_t i
+    if z.n > 2 * DFP_SHORT:
+        return True
+    for i in range(first, first + n, 1024):
+        if kernel.zeros(z.q + i, min(first + n - i, <int64_t>1024)) >= TELLING // 2:
+            return True
+    return False
 
 
 cdef void absmax_task(void* work, int64_t i, int thread) noexcept nogil:
@@ -138,7 +132,8 @@ cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef int64_t n = min(z.piece, z.n - first)
     cdef int64_t counts[3]
     round_group(z, group, first, n, z.stream)
-    if z.counting:
+    if z.counting or (z.watching and kernel.suspect(z.x + group * z.n + first,
+                                                    z.q + group * z.n + first, n)):
         memset(counts, 0, sizeof(counts))
         count_group(z, group, first, n, counts)
         add_counts(z.counts, counts)
@@ -229,13 +224,13 @@ cdef void quantize(Quantize* z) noexcept nogil:
     z.piece = round_up((z.n + z.pieces - 1) // z.pieces, 1024)
     z.pieces = (z.n + z.piece - 1) // z.piece
     memset(z.e, 0, z.groups * sizeof(int32_t))
-    if z.counting:
+    if z.counting or z.watching:
         memset(z.group_counts, 0, z.groups * 3 * sizeof(int64_t))
     parallel_for(absmax_task, z, z.groups * z.pieces, threads)
     for g in range(z.groups):
         z.e[g] = exponent_of(z, g, (<uint32_t*>z.e)[g])
     parallel_for(round_task, z, z.groups * z.pieces, threads)
-    if z.counting:
+    if z.counting or z.watching:
         for g in range(z.groups):
             weigh(z, z.group_counts + 3 * g)
 

@@ -1,9 +1,11 @@
 """The public products: every bit against the reference, in every mode TensorFlow runs them in."""
 
+import dataclasses
 import importlib.machinery
 import importlib.util
 import itertools
 import os
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -22,6 +24,12 @@ def random(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 
 
+def uneven(*shape, seed=0):
+    """Random numbers whose rows have sizes of their own, from 2**-6 to 2**6."""
+    rows = np.random.default_rng([7, seed, *shape]).integers(-6, 6, shape[:-1], endpoint=True)
+    return np.ldexp(random(*shape, seed=seed), rows[..., np.newaxis])
+
+
 def same_bits(actual, expected):
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.float32
@@ -35,12 +43,14 @@ def run(function, *arrays, fmt=None, dy=None):
         tape.watch(tensors)
         y = function(*tensors)
     if dy is None:
-        dy = random(*y.shape, seed=99)
+        dy = uneven(*y.shape, seed=99) if y.shape.rank else random(seed=99)
     return y, dy, tape.gradient(y, tensors, output_gradients=tf.constant(dy))
 
 
-def quantized(x, fmt):
-    return reference.quantize(x, fmt.mantissa_bits, fmt.rounding)
+def quantized(x, fmt, groups=0):
+    """Mantissas and exponents; every index of the `groups` leading axes has its own exponent."""
+    groups = groups if fmt.exponents == "sample" else 0
+    return reference.quantize(x, fmt.mantissa_bits, fmt.rounding, group_axes=groups)
 
 
 def channels_first(x):
@@ -50,9 +60,18 @@ def channels_first(x):
 FORMATS = [
     DFPFormat(),
     DFPFormat(accumulation="spill"),
-    DFPFormat(mantissa_bits=16, accumulation="spill"),
+    DFPFormat(exponents="tensor"),
+    DFPFormat(mantissa_bits=16, accumulation="spill", exponents="tensor"),
     DFPFormat(mantissa_bits=9, rounding="truncate"),
 ]
+
+
+def short(fmt):
+    """What of a format is not the default."""
+    default = dataclasses.asdict(DFPFormat())
+    fields = dataclasses.asdict(fmt).items()
+    return ",".join(f"{name}={value}" for name, value in fields if value != default[name]) or "dfp"
+
 
 # Input and kernel (without groups: channels in = kernel's channels), and the arguments.
 CONVOLUTIONS = [
@@ -66,10 +85,10 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("fmt", FORMATS, ids=short)
 @pytest.mark.parametrize(("x_shape", "w_shape", "arguments"), CONVOLUTIONS)
 def test_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_format):
-    x, w = random(*x_shape), random(*w_shape, seed=1)
+    x, w = uneven(*x_shape), random(*w_shape, seed=1)
     first = data_format == "channels_first"
     layout = channels_first if first else np.asarray
     y, dy, (dx, dw) = run(
@@ -83,8 +102,8 @@ def test_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_format):
         "dilations": arguments.get("dilation_rate", 1),
         "accumulation": fmt.accumulation,
     }
-    qx, qw = quantized(x, fmt), quantized(w, fmt)
-    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt)
+    qx, qw = quantized(x, fmt, 1), quantized(w, fmt)
+    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt, 1)
     same_bits(y, layout(reference.conv(*qx, *qw, x_bits=bits, w_bits=bits, **geometry)))
     expected = reference.conv_input_gradient(
         *qdy, *qw, x_shape, dy_bits=bits, w_bits=bits, **geometry
@@ -97,7 +116,7 @@ def test_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_format):
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("fmt", FORMATS[:2], ids=repr)
+@pytest.mark.parametrize("fmt", FORMATS[:3], ids=short)
 @pytest.mark.parametrize(
     ("x_shape", "w_shape", "arguments"),
     [
@@ -107,7 +126,7 @@ def test_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_format):
     ],
 )
 def test_depthwise_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_format):
-    x, w = random(*x_shape), random(*w_shape, seed=1)
+    x, w = uneven(*x_shape), random(*w_shape, seed=1)
     first = data_format == "channels_first"
     layout = channels_first if first else np.asarray
     y, dy, (dx, dw) = run(
@@ -123,30 +142,35 @@ def test_depthwise_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_
         "dilations": arguments.get("dilation_rate", 1),
         "accumulation": fmt.accumulation,
     }
-    qx, qw = quantized(x, fmt), quantized(w, fmt)
-    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt)
+    qx, qw = quantized(x, fmt, 1), quantized(w, fmt)
+    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt, 1)
     same_bits(y, layout(reference.depthwise_conv(*qx, *qw, **geometry)))
     same_bits(dx, layout(reference.depthwise_conv_input_gradient(*qdy, *qw, x_shape, **geometry)))
     same_bits(dw, reference.depthwise_conv_weight_gradient(*qx, *qdy, w_shape, **geometry))
 
 
 def test_separable_conv_quantises_between_its_two_convolutions():
-    x, d, p = random(2, 7, 6, 3), random(3, 3, 3, 2, seed=1), random(1, 1, 6, 4, seed=2)
+    x, d, p = uneven(2, 7, 6, 3), random(3, 3, 3, 2, seed=1), random(1, 1, 6, 4, seed=2)
     fmt = DFPFormat()
     y, dy, (dx, dd, dp) = run(lambda x, d, p: ops.separable_conv(x, d, p, padding="same"), x, d, p)
 
-    qx, qd, qp, qdy = (quantized(v, fmt) for v in (x, d, p, dy))
-    qm = quantized(reference.depthwise_conv(*qx, *qd, padding="same"), fmt)
+    qx, qdy, qd, qp = (
+        quantized(x, fmt, 1),
+        quantized(dy, fmt, 1),
+        quantized(d, fmt),
+        quantized(p, fmt),
+    )
+    qm = quantized(reference.depthwise_conv(*qx, *qd, padding="same"), fmt, 1)
     same_bits(y, reference.conv(*qm, *qp))
     same_bits(dp, reference.conv_weight_gradient(*qm, *qdy, p.shape))
     dm = reference.conv_input_gradient(*qdy, *qp, (2, 7, 6, 6))
-    qdm = quantized(dm, fmt)
+    qdm = quantized(dm, fmt, 1)
     same_bits(dx, reference.depthwise_conv_input_gradient(*qdm, *qd, x.shape, padding="same"))
     same_bits(dd, reference.depthwise_conv_weight_gradient(*qx, *qdm, d.shape, padding="same"))
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-@pytest.mark.parametrize("fmt", FORMATS[:2], ids=repr)
+@pytest.mark.parametrize("fmt", FORMATS[:3], ids=short)
 @pytest.mark.parametrize(
     ("x_shape", "w_shape", "arguments"),
     [
@@ -160,7 +184,7 @@ def test_separable_conv_quantises_between_its_two_convolutions():
 def test_conv_transpose_is_the_gradient_of_a_convolution(
     x_shape, w_shape, arguments, fmt, data_format
 ):
-    x, w = random(*x_shape), random(*w_shape, seed=1)
+    x, w = uneven(*x_shape), random(*w_shape, seed=1)
     first = data_format == "channels_first"
     layout = channels_first if first else np.asarray
     y, dy, (dx, dw) = run(
@@ -178,8 +202,8 @@ def test_conv_transpose_is_the_gradient_of_a_convolution(
         "dilations": arguments.get("dilation_rate", 1),
         "accumulation": fmt.accumulation,
     }
-    qx, qw = quantized(x, fmt), quantized(w, fmt)
-    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt)
+    qx, qw = quantized(x, fmt, 1), quantized(w, fmt)
+    qdy = quantized(np.moveaxis(dy, 1, -1) if first else dy, fmt, 1)
     same_bits(y, layout(reference.conv_input_gradient(*qx, *qw, stock.shape, **geometry)))
     same_bits(dx, layout(reference.conv(*qdy, *qw, **geometry)))
     same_bits(dw, reference.conv_weight_gradient(*qdy, *qx, w_shape, **geometry))
@@ -188,19 +212,147 @@ def test_conv_transpose_is_the_gradient_of_a_convolution(
 # ---- contractions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+@pytest.mark.parametrize("fmt", FORMATS, ids=short)
 def test_matmul_is_the_reference(fmt):
-    a, b = random(7, 70), random(70, 5, seed=1)
+    a, b = uneven(7, 70), random(70, 5, seed=1)
     bits, accumulation = fmt.mantissa_bits, fmt.accumulation
     y, dy, (da, db) = run(ops.matmul, a, b, fmt=fmt)
-    (qa, ea), (qb, eb), (qdy, edy) = (quantized(v, fmt) for v in (a, b, dy))
+    (qa, ea), (qb, eb), (qdy, edy) = quantized(a, fmt, 1), quantized(b, fmt), quantized(dy, fmt, 1)
 
     def expected(*operands):
         return reference.matmul(*operands, a_bits=bits, b_bits=bits, accumulation=accumulation)
 
+    rows = (7, 1) if fmt.exponents == "sample" else ()
+    ea, edy = ea.reshape(rows), edy.reshape(rows)
     same_bits(y, expected(qa, ea, qb, eb))
     same_bits(da, expected(qdy, edy, qb.T, eb))
-    same_bits(db, expected(qa.T, ea, qdy, edy))
+    same_bits(db, expected(qa.T, ea.T, qdy, edy))
+
+
+class Numbers(NamedTuple):
+    """A tensor in dynamic fixed point, its axes labelled; e has a size of 1 where it is shared."""
+
+    labels: tuple
+    q: np.ndarray
+    e: np.ndarray
+
+    @classmethod
+    def of(cls, x, labels, fmt, groups, order=None):
+        """Quantises with an exponent for every index of `groups`, the first labels of `order`."""
+        order = labels if order is None else order
+        assert tuple(order[: len(groups)]) == tuple(groups)
+        perm = [labels.index(n) for n in order]
+        q, e = quantized(np.ascontiguousarray(x.transpose(perm)), fmt, len(groups))
+        back = [order.index(n) for n in labels]
+        e = e.reshape(e.shape + (1,) * (len(labels) - e.ndim)).astype(np.int64)
+        return cls(tuple(labels), q.transpose(back), e.transpose(back))
+
+    def exponents(self, labels):
+        """Returns the exponents so that they broadcast over axes with these labels."""
+        own = [n for n in labels if n in self.labels]
+        e = self.e.transpose([self.labels.index(n) for n in own])
+        return np.expand_dims(e, [i for i, n in enumerate(labels) if n not in own])
+
+
+def product(first, second, out):
+    """The product of two `Numbers` as docs/numerics.md has it: the second is aligned."""
+    every = [*out, *dict.fromkeys(n for n in first.labels + second.labels if n not in out)]
+    summed = tuple(range(len(out), len(every)))
+    e = np.zeros((1,) * len(every), np.int64)
+    along = e
+    for operand in (first, second):
+        exponents = operand.exponents(every)
+        if any(exponents.shape[axis] > 1 for axis in summed):
+            along = along + exponents
+        else:
+            e = e + exponents
+    most = along.max(axis=summed, keepdims=True)
+    shift = most - along
+    foreign = tuple(i for i, n in enumerate(every) if n not in second.labels)
+    own = [n for n in every if n in second.labels]
+    shift = shift.squeeze(foreign).transpose([own.index(n) for n in second.labels])
+    number = {n: i for i, n in enumerate(every)}
+    sums = np.einsum(
+        first.q.astype(np.int64),
+        [number[n] for n in first.labels],
+        reference.align(second.q, shift),
+        [number[n] for n in second.labels],
+        list(range(len(out))),
+    )
+    return reference.round_scaled(np.asarray(sums), (most + e).squeeze(summed))
+
+
+def contraction_truth(a, a_labels, b, b_labels, out, dy, fmt, *, known=True):
+    """Returns y, da and db of a contraction.
+
+    Args:
+        a: The first tensor.
+        a_labels: A label for every axis; an axis of size 1 fits any size of the same label.
+        b: The second tensor.
+        b_labels: Likewise.
+        out: The labels of y.
+        dy: The gradient of y.
+        fmt: The format; its sums are exact.
+        known: Whether sizes of 1 are known while tracing. If not, elements are repeated, and
+            gradients come summed in float32.
+    """
+    sides = []
+    for x, labels, other, theirs in ((a, a_labels, b, b_labels), (b, b_labels, a, a_labels)):
+        groups = list(itertools.takewhile(lambda n: n in out, labels))
+        numbers = Numbers.of(x, list(labels), fmt, groups)
+        thin = [
+            n
+            for n in labels
+            if n in theirs and x.shape[labels.index(n)] == 1 < other.shape[theirs.index(n)]
+        ]
+        if known:
+            axes = tuple(labels.index(n) for n in thin)
+            kept = tuple(n for n in labels if n not in thin)
+            numbers = Numbers(kept, numbers.q.squeeze(axes), numbers.e.squeeze(axes))
+            groups = [n for n in groups if n not in thin]
+        else:
+            for n in thin:
+                axis, times = labels.index(n), other.shape[theirs.index(n)]
+                numbers = numbers._replace(q=np.repeat(numbers.q, times, axis))
+        sides.append((numbers, groups, thin))
+    (first, first_groups, _), (second, second_groups, _) = sides
+    y = product(first, second, out)
+
+    # dy is a matrix, or a batch of them, with an exponent for every row.
+    batch = [n for n in out if n in first.labels and n in second.labels]
+    rows = [n for n in out if n in first.labels and n not in batch]
+    columns = [n for n in out if n in second.labels and n not in batch]
+    swapped = [*batch, *rows, *columns] != list(out) == [*batch, *columns, *rows]
+    if swapped:
+        rows, columns = columns, rows
+    dys = Numbers.of(dy, list(out), fmt, [*batch, *rows], [*batch, *rows, *columns])
+
+    gradients = []
+    for mine, other, is_left in ((first, second, not swapped), (second, first, swapped)):
+        # The other factor of da is b. It is the second one, which is aligned, where b's columns
+        # have exponents, else nothing is; of db it is dy, unless b lies transposed.
+        right_groups = second_groups if not swapped else first_groups
+        transposed = any(n in columns for n in right_groups)
+        if is_left or transposed:
+            gradients.append(product(dys, other, mine.labels))
+        else:
+            gradients.append(product(other, dys, mine.labels))
+    for i, (x, labels, (numbers, _, thin)) in enumerate(
+        zip((a, b), (a_labels, b_labels), sides, strict=True)
+    ):
+        if not known:
+            axes = tuple(labels.index(n) for n in thin)
+            gradients[i] = gradients[i].sum(axis=axes, keepdims=True)
+        gradients[i] = gradients[i].reshape(x.shape)
+    return y, *gradients
+
+
+def matmul_labels(a, b):
+    """Returns NumPy's rule for matmul as labels of a, b and the result."""
+    a_labels = [*range(-a.ndim, -2), *["row"] * (a.ndim > 1), "sum"]
+    b_labels = [*range(-b.ndim, -2), "sum", *["column"] * (b.ndim > 1)]
+    batch = range(-max(a.ndim, b.ndim), -2)
+    return a_labels, b_labels, [*batch, *["row"] * (a.ndim > 1), *["column"] * (b.ndim > 1)]
 
 
 MATMUL_SHAPES = [
@@ -219,21 +371,19 @@ MATMUL_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("a_shape", "b_shape"), MATMUL_SHAPES)
-def test_matmul_broadcasts_like_numpy_and_sums_gradients_exactly(a_shape, b_shape):
-    a, b = random(*a_shape), random(*b_shape, seed=1)
-    y, dy, (da, db) = run(ops.matmul, a, b)
-    (qa, ea), (qb, eb), (qdy, edy) = (quantized(v, DFPFormat()) for v in (a, b, dy))
-    same_bits(y, reference.round_scaled(np.matmul(qa.astype(np.int64), qb), ea + eb))
+ONE_OR_MANY = [DFPFormat(), DFPFormat(exponents="tensor")]
 
-    # The gradients of the integer product are integer sums, also along the axes broadcast over.
-    with tf.GradientTape() as tape:
-        fa, fb = tf.constant(qa, tf.float64), tf.constant(qb, tf.float64)
-        tape.watch([fa, fb])
-        exact = keras.ops.matmul(fa, fb)
-    sums = tape.gradient(exact, [fa, fb], output_gradients=tf.constant(qdy, tf.float64))
-    same_bits(da, reference.round_scaled(sums[0].numpy().astype(np.int64), edy + eb))
-    same_bits(db, reference.round_scaled(sums[1].numpy().astype(np.int64), edy + ea))
+
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
+@pytest.mark.parametrize(("a_shape", "b_shape"), MATMUL_SHAPES)
+def test_matmul_broadcasts_like_numpy_and_sums_gradients_exactly(a_shape, b_shape, fmt):
+    a, b = uneven(*a_shape), uneven(*b_shape, seed=1)
+    y, dy, (da, db) = run(ops.matmul, a, b, fmt=fmt)
+    a_labels, b_labels, out = matmul_labels(a, b)
+    expected = contraction_truth(a, a_labels, b, b_labels, out, dy, fmt)
+    assert expected[0].shape == np.matmul(a, b).shape
+    for actual, truth in zip((y, da, db), expected, strict=True):
+        same_bits(actual, truth)
 
 
 def test_a_matrix_times_many_is_one_gemm():
@@ -241,41 +391,58 @@ def test_a_matrix_times_many_is_one_gemm():
     assert [node.shape.rank for node in outputs(graph, "DfpMatmul")] == [2]
 
 
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
 @pytest.mark.parametrize(
-    ("a_shape", "b_shape"),
-    [((2, 3), (3, 4)), ((5, 2, 3), (6, 3, 4)), ((2, 3), (3,)), ((3,), ()), ((), ())],
-)
-def test_dot(a_shape, b_shape):
-    a, b = random(*a_shape), random(*b_shape, seed=1)
-    (qa, ea), (qb, eb) = quantized(a, DFPFormat()), quantized(b, DFPFormat())
-    sums = np.asarray(np.dot(qa.astype(np.int64), qb.astype(np.int64)))
-    same_bits(ops.dot(a, b), reference.round_scaled(sums, ea + eb))
-
-
-@pytest.mark.parametrize(
-    ("a_shape", "b_shape", "axes"),
+    ("a_shape", "b_shape", "labels"),
     [
-        ((2, 3), (3, 4), 1),
-        ((2, 3, 4), (3, 4, 5), 2),
-        ((2, 3), (4,), 0),
-        ((2, 3, 4), (4, 3, 5), [[2, 1], [0, 1]]),
-        ((2, 3, 4), (4, 3, 5), (-1, 0)),
+        ((2, 3), (3, 4), "ab,bc->ac"),
+        ((5, 2, 3), (6, 3, 4), "abk,ckd->abcd"),
+        ((2, 3), (3,), "ab,b->a"),
+        ((3,), (), "a,->a"),
+        ((), (), ",->"),
     ],
 )
-def test_tensordot(a_shape, b_shape, axes):
-    a, b = random(*a_shape), random(*b_shape, seed=1)
-    (qa, ea), (qb, eb) = quantized(a, DFPFormat()), quantized(b, DFPFormat())
-    sums = np.tensordot(qa.astype(np.int64), qb.astype(np.int64), axes)
-    same_bits(ops.tensordot(a, b, axes), reference.round_scaled(sums, ea + eb))
+def test_dot(a_shape, b_shape, labels, fmt):
+    a, b = (np.asarray(random(*shape, seed=i)) for i, shape in enumerate((a_shape, b_shape)))
+    y, dy, gradients = run(ops.dot, a, b, fmt=fmt)
+    terms, out = labels.split("->")
+    assert y.shape == np.dot(a, b).shape
+    expected = contraction_truth(a, terms.split(",")[0], b, terms.split(",")[1], out, dy, fmt)
+    for actual, truth in zip((y, *gradients), expected, strict=True):
+        same_bits(actual, truth)
 
 
-def test_spilled_sums_follow_the_contracted_axes_of_the_first_operand():
-    fmt = DFPFormat(accumulation="spill")
-    a, b = random(3, 9, 2, 11), random(11, 4, 9, seed=1)
-    (qa, ea), (qb, eb) = quantized(a, fmt), quantized(b, fmt)
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
+@pytest.mark.parametrize(
+    ("a_shape", "b_shape", "axes", "labels"),
+    [
+        ((2, 3), (3, 4), 1, "ab,bc->ac"),
+        ((2, 3, 4), (3, 4, 5), 2, "abc,bcd->ad"),
+        ((2, 3), (4,), 0, "ab,c->abc"),
+        ((2, 3, 4), (4, 3, 5), [[2, 1], [0, 1]], "abc,cbd->ad"),
+        ((2, 3, 4), (4, 3, 5), (-1, 0), "abc,cde->abde"),
+        ((3, 2, 4), (5, 3), (0, 1), "kab,ck->abc"),
+    ],
+)
+def test_tensordot(a_shape, b_shape, axes, labels, fmt):
+    a, b = uneven(*a_shape), uneven(*b_shape, seed=1)
+    y, dy, gradients = run(lambda a, b: ops.tensordot(a, b, axes), a, b, fmt=fmt)
+    terms, out = labels.split("->")
+    assert y.shape == np.tensordot(a, b, axes).shape
+    expected = contraction_truth(a, terms.split(",")[0], b, terms.split(",")[1], out, dy, fmt)
+    for actual, truth in zip((y, *gradients), expected, strict=True):
+        same_bits(actual, truth)
+
+
+@pytest.mark.parametrize("exponents", ["sample", "tensor"])
+def test_spilled_sums_follow_the_contracted_axes_of_the_first_operand(exponents):
+    fmt = DFPFormat(accumulation="spill", exponents=exponents)
+    a, b = uneven(3, 9, 2, 11), random(11, 4, 9, seed=1)
+    (qa, ea), (qb, eb) = quantized(a, fmt, 1), quantized(b, fmt)
     left = qa.transpose(0, 2, 1, 3).reshape(6, 99)
     right = qb.transpose(2, 0, 1).reshape(99, 4)
-    expected = reference.matmul(left, ea, right, eb, accumulation="spill").reshape(3, 2, 4)
+    rows = np.broadcast_to(ea.reshape(-1, 1), (3, 2)).reshape(6, 1)
+    expected = reference.matmul(left, rows, right, eb, accumulation="spill").reshape(3, 2, 4)
     with ops.format_scope(fmt):
         same_bits(ops.einsum("akcm,mdk->acd", a, b), expected)
         same_bits(ops.einsum("akcm,mdk->dac", a, b), expected.transpose(2, 0, 1))
@@ -299,41 +466,103 @@ def contractions(draw):
     return subscripts, *(tuple(sizes[label] for label in side) for side in (first, second))
 
 
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
 @settings(max_examples=120, deadline=None, derandomize=True)
-@given(contractions())
-def test_every_einsum_of_two_operands_is_exact(case):
+@given(case=contractions())
+def test_every_einsum_of_two_operands_is_exact(fmt, case):
     subscripts, a_shape, b_shape = case
-    a, b = random(*a_shape), random(*b_shape, seed=1)
-    y, dy, (da, db) = run(lambda a, b: ops.einsum(subscripts, a, b), a, b)
-    (qa, ea), (qb, eb), (qdy, edy) = (quantized(v, DFPFormat()) for v in (a, b, dy))
-    qa, qb, qdy = (q.astype(np.int64) for q in (qa, qb, qdy))
-    same_bits(y, reference.round_scaled(np.asarray(np.einsum(subscripts, qa, qb)), ea + eb))
+    a, b = (uneven(*x, seed=i) if x else np.float32(1.7) for i, x in enumerate((a_shape, b_shape)))
+    y, dy, gradients = run(lambda a, b: ops.einsum(subscripts, a, b), a, b, fmt=fmt)
+    check_einsum(subscripts, a, b, y, dy, gradients, fmt)
 
-    (first, second), out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
+
+def check_einsum(subscripts, a, b, y, dy, gradients, fmt):
+    terms, out = subscripts.split("->")
+    first, second = terms.split(",")
     if set(first) - set(second) - set(out) or set(second) - set(first) - set(out):
-        return  # A label summed in one operand alone: its gradient is broadcast, in float32.
-    sums = np.einsum(f"{out},{second}->{first}", qdy, qb)
-    same_bits(da, reference.round_scaled(np.asarray(sums), edy + eb))
-    sums = np.einsum(f"{out},{first}->{second}", qdy, qa)
-    same_bits(db, reference.round_scaled(np.asarray(sums), edy + ea))
+        # A label summed in one operand alone: its gradient is broadcast, in float32.
+        truth = [forward_truth(a, first, b, second, out, fmt)]
+    else:
+        truth = contraction_truth(np.asarray(a), first, np.asarray(b), second, out, dy, fmt)
+    for actual, expected in zip((y, *gradients), truth, strict=False):
+        same_bits(actual, expected)
 
 
+def forward_truth(a, first, b, second, out, fmt):
+    sides = []
+    for x, labels in ((a, first), (b, second)):
+        groups = list(itertools.takewhile(lambda n: n in out, labels))
+        sides.append(Numbers.of(np.asarray(x), list(labels), fmt, groups))
+    return product(*sides, list(out))
+
+
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
 @pytest.mark.parametrize(
-    ("subscripts", "shapes"),
+    ("subscripts", "a_shape", "b_shape"),
     [
-        ("...ab,...bc->...ac", [(6, 2, 3), (6, 3, 4)]),
-        ("...ab,...bc->...ac", [(1, 2, 3), (6, 3, 4)]),
-        ("...ab,bc->a...c", [(5, 6, 2, 3), (3, 4)]),
-        ("a...,...->a...", [(2, 3, 4), (3, 4)]),
-        ("ba,bc", [(3, 2), (3, 4)]),
-        (" ij , jk -> ik ", [(2, 3), (3, 4)]),
+        # Exponents lie in another order than the rows that they belong to.
+        ("abk,kc->bac", (3, 4, 5), (5, 6)),
+        ("abk,kc->cba", (3, 4, 5), (5, 6)),
+        ("abck,kd->cabd", (2, 3, 4, 5), (5, 6)),
+        ("abk,bkc->bac", (3, 4, 5), (4, 5, 6)),
+        ("abk,bkc->abc", (3, 4, 5), (4, 5, 6)),
+        # Fewer axes have exponents than there are rows, and the batch is not where they begin.
+        ("akbc,bkd->bacd", (3, 5, 4, 2), (4, 5, 6)),
+        ("akb,kbc->bac", (3, 5, 4), (5, 4, 6)),
+        ("kab,kc->abc", (5, 3, 4), (5, 6)),
+        # The columns have exponents of their own.
+        ("ak,ck->ac", (3, 5), (6, 5)),
+        ("ka,ck->ac", (5, 3), (6, 5)),
+        ("ak,cdk->acd", (3, 5), (6, 2, 5)),
+        ("ak,ckd->acd", (3, 5), (6, 5, 2)),
+        ("ak,dkc->acd", (3, 5), (2, 5, 6)),
+        ("bak,cbk->bac", (2, 3, 5), (6, 2, 5)),
+        ("oi,bi->bo", (6, 5), (3, 5)),
+        ("ot,btd->bod", (6, 5), (3, 5, 4)),
+        # Attention: scores, and what they weigh.
+        ("aecd,abcd->acbe", (2, 6, 3, 4), (2, 5, 3, 4)),
+        ("acbe,aecd->abcd", (2, 3, 5, 6), (2, 6, 3, 4)),
+        # Outer products.
+        ("a,b->ab", (3,), (4,)),
+        ("ab,c->cab", (3, 4), (2,)),
+        ("ab,b->ab", (3, 4), (4,)),
+        # Summed over in one operand alone.
+        ("abk,c->ac", (3, 4, 5), (6,)),
+        ("ab,ack->ac", (3, 4), (3, 2, 5)),
     ],
 )
-def test_einsum_takes_ellipses_and_implicit_outputs(subscripts, shapes):
-    a, b = (random(*shape, seed=i) for i, shape in enumerate(shapes))
-    (qa, ea), (qb, eb) = quantized(a, DFPFormat()), quantized(b, DFPFormat())
-    sums = np.einsum(subscripts, qa.astype(np.int64), qb.astype(np.int64))
-    same_bits(ops.einsum(subscripts, a, b), reference.round_scaled(sums, ea + eb))
+def test_einsum_knows_which_exponent_belongs_to_which_row(subscripts, a_shape, b_shape, fmt):
+    a, b = uneven(*a_shape), uneven(*b_shape, seed=1)
+    y, dy, gradients = run(lambda a, b: ops.einsum(subscripts, a, b), a, b, fmt=fmt)
+    check_einsum(subscripts, a, b, y, dy, gradients, fmt)
+
+    unknown = [tf.TensorSpec([None] * x.ndim) for x in (a, b)]
+    graph = tf.function(
+        lambda a, b: run_in_graph(lambda a, b: ops.einsum(subscripts, a, b), a, b, dy),
+        input_signature=unknown,
+    )
+    with ops.format_scope(fmt):
+        y, gradients = graph(a, b)
+    check_einsum(subscripts, a, b, y, dy, gradients, fmt)
+
+
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
+@pytest.mark.parametrize(
+    ("subscripts", "labels", "shapes"),
+    [
+        ("...ab,...bc->...ac", "zab,zbc->zac", [(6, 2, 3), (6, 3, 4)]),
+        ("...ab,...bc->...ac", "zab,zbc->zac", [(1, 2, 3), (6, 3, 4)]),
+        ("...ab,...bc->...ac", "zab,zbc->zac", [(6, 2, 3), (1, 3, 4)]),
+        ("...ab,bc->a...c", "yzab,bc->ayzc", [(5, 6, 2, 3), (3, 4)]),
+        ("a...,...->a...", "ayz,yz->ayz", [(2, 3, 4), (3, 4)]),
+        ("ba,bc", "ba,bc->ac", [(3, 2), (3, 4)]),
+        (" ij , jk -> ik ", "ij,jk->ik", [(2, 3), (3, 4)]),
+    ],
+)
+def test_einsum_takes_ellipses_and_implicit_outputs(subscripts, labels, shapes, fmt):
+    a, b = (uneven(*shape, seed=i) for i, shape in enumerate(shapes))
+    y, dy, gradients = run(lambda a, b: ops.einsum(subscripts, a, b), a, b, fmt=fmt)
+    check_einsum(labels, a, b, y, dy, gradients, fmt)
 
 
 def test_einsum_of_other_than_two_operands_and_of_diagonals():
@@ -499,16 +728,24 @@ def test_unknown_sizes(call):
     same_bits(db, expected_db)
 
 
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
 @pytest.mark.parametrize(("a_shape", "b_shape"), MATMUL_SHAPES)
-def test_matmul_broadcasts_unknown_sizes(a_shape, b_shape):
-    a, b = random(*a_shape), random(*b_shape, seed=1)
-    _, dy, gradients = run(ops.matmul, a, b)
+def test_matmul_broadcasts_unknown_sizes(a_shape, b_shape, fmt):
+    a, b = uneven(*a_shape), uneven(*b_shape, seed=1)
+    dy = uneven(*np.matmul(a, b).shape, seed=99) if np.matmul(a, b).shape else random(seed=99)
     specs = [tf.TensorSpec([None] * x.ndim) for x in (a, b)]
     graph = tf.function(lambda a, b: run_in_graph(ops.matmul, a, b, dy), input_signature=specs)
-    y, (da, db) = graph(a, b)
-    same_bits(y, ops.matmul(a, b))
-    np.testing.assert_allclose(da, gradients[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(db, gradients[1], rtol=1e-4, atol=1e-5)
+    with ops.format_scope(fmt):
+        y, gradients = graph(a, b)
+    a_labels, b_labels, out = matmul_labels(a, b)
+    truth = contraction_truth(a, a_labels, b, b_labels, out, dy, fmt, known=False)
+    same_bits(y, truth[0])
+    for actual, expected, x in zip(gradients, truth[1:], (a, b), strict=True):
+        if 1 in x.shape:  # what was repeated is summed in float32
+            largest = np.abs(expected).max()
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6 * largest)
+        else:
+            same_bits(actual, expected)
 
 
 def run_in_graph(function, a, b, dy):
@@ -612,9 +849,10 @@ def test_tensors_are_quantised_outside_the_loops_and_branches_that_use_them():
         return tf.cond(x[0, 0] > 0, lambda: ops.matmul(x, w), lambda: ops.matmul(w, x))
 
     graph = traced(loops, [6, 6], [6, 6])
-    # w and each x here; inside, only what was computed inside.
-    assert len(outputs(graph, "DfpQuantize")) == 3
-    assert count(graph, "DfpQuantize") == 3 + 1
+    # w and each x here, and once more where the first factor, which has an exponent for every row,
+    # becomes the second, which has one; inside, only what was computed inside.
+    assert len(outputs(graph, "DfpQuantize")) == 3 + 2
+    assert count(graph, "DfpQuantize") == 3 + 2 + 1
 
 
 def test_variables_are_quantised_where_they_are_read_but_once_in_a_loop_scope():
@@ -748,14 +986,26 @@ def test_every_op_takes_symbolic_tensors():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("call", CALLS)
-def test_nonfinite_values_make_everything_nan(call, bad):
+def test_nonfinite_values_make_their_sample_nan(call, bad):
     function, a_shape, b_shape = CALLS[call]
+    rows = (lambda y: np.moveaxis(y, 1, 0)) if call == "swapped" else np.asarray
     a, b = random(*a_shape), random(*b_shape, seed=1)
-    a.flat[3] = bad
-    y, _, (da, db) = run(function, a, b)
-    assert np.isnan(y).all() and np.isnan(db).all() and np.isfinite(da).all()
-    _, _, (da, db) = run(function, random(*a_shape), b, dy=np.full(y.shape, bad, np.float32))
-    assert np.isnan(da).all() and np.isnan(db).all()
+    clean, dy, (clean_da, _) = run(function, a, b)
+    a[1].flat[3] = bad
+    y, _, (da, db) = run(function, a, b, dy=dy)
+    assert np.isnan(rows(y)[1]).all() and np.isnan(db).all()
+    same_bits(np.delete(rows(y), 1, axis=0), np.delete(rows(clean), 1, axis=0))
+    same_bits(da, clean_da)
+
+    a = random(*a_shape)
+    rows(dy)[1].flat[3] = bad
+    _, _, (da, db) = run(function, a, b, dy=dy)
+    assert np.isnan(da[1]).all() and np.isnan(db).all()
+    same_bits(np.delete(da, 1, axis=0), np.delete(clean_da, 1, axis=0))
+
+    with ops.format_scope(DFPFormat(exponents="tensor")):
+        a[1].flat[3] = bad
+        assert np.isnan(function(a, b)).all()
 
 
 @pytest.mark.parametrize(

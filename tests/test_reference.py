@@ -796,7 +796,10 @@ def test_matmul_of_groups(data):
     exponents = []
     for shape in (qa.shape, qb.shape):
         axis = draw(st.sampled_from([-2, -1]))
-        shape = (*shape[:-2], *(n if i == axis else 1 for i, n in zip((-2, -1), shape[-2:])))
+        shape = (
+            *shape[:-2],
+            *(n if i == axis else 1 for i, n in zip((-2, -1), shape[-2:], strict=True)),
+        )
         shape = draw(st.sampled_from([shape, (*shape[:-2], 1, 1), ()]))
         size = math.prod(shape)
         drawn = draw(st.lists(EXPONENTS, min_size=size, max_size=size))

@@ -62,11 +62,11 @@ PIXELS = {"0..255": (0.0, 1.0), "0..1": (0.0, 255.0), "-1..1": (127.5, 127.5)}
 def audit(model: str, policy: str | None, plot: Path | None, json_path: Path | None, **options):
     """Measure what integers cost MODEL, layer by layer, on one batch of images.
 
-    The batch runs under the policy and in float32. The table has, worst first, the errors of what each
-    layer gives and of its gradients, what became zero, and what may help.
+    The batch runs under the policy and in float32. The table has, worst first, the errors of what
+    each layer gives and of its gradients, what became zero, and what may help.
 
-    MODEL is the folder of a run of `keras-dfp train`, the name of a network of the zoo or of a model of
-    keras.applications (untrained), or a .keras file.
+    MODEL is the folder of a run of `keras-dfp train`, the name of a network of the zoo or of a
+    model of keras.applications (untrained), or a .keras file.
 
     \b
     Examples:

@@ -43,35 +43,69 @@ TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, f
     DFP_CAT(quantize_block__, ISA)(x + i, n - i, factor, factor2, qmax, truncate, q + i);
 }
 
-/* Groups of few elements: so many at a time, and room for vectors that reach beyond them. */
-#define SHORT_BLOCK 1024
+/* Groups of few elements: so many elements at a time, and room for vectors that reach beyond. */
+#define SHORT_BLOCK 2048
 #define SHORT_ROOM (SHORT_BLOCK + 2 * DFP_SHORT)
 
-TARGET static void DFP_CAT(absmax_groups__, ISA)(const float *x, int64_t groups, int64_t n,
-                                                 uint32_t *most) {
-    if (n == 0) {
-        memset(most, 0, groups * sizeof *most);
-        return;
+/* The exponent of each group of one that holds a float's magnitude bits. */
+TARGET static inline void DFP_CAT(exponents_of__, ISA)(const uint32_t *most, int64_t groups,
+                                                       int bits, int32_t *e) {
+    for (int64_t g = 0; g < groups; g++) {
+        /* A subnormal is an integer times 2**-149, exact as a float; zero counts as 1. */
+        const union { float value; uint32_t bits; } small = {(float)(int32_t)(most[g] | (most[g] == 0))};
+        const int32_t normal = (int32_t)(most[g] >> 23) - 127;
+        const int32_t subnormal = (int32_t)(small.bits >> 23) - 127 - 149;
+        const int32_t exponent = (most[g] < 0x00800000u ? subnormal : normal) - (bits - 2);
+        e[g] = most[g] >= 0x7f800000u ? INT32_MIN : exponent;
     }
+}
+
+TARGET static inline void DFP_CAT(most_of_two__, ISA)(const uint32_t *a, const uint32_t *b,
+                                                      int64_t n, uint32_t *restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] = a[i] > b[i] ? a[i] : b[i];
+}
+
+TARGET static void DFP_CAT(exponents__, ISA)(const float *x, int64_t groups, int64_t n, int bits,
+                                             int32_t *e) {
     const int64_t block = SHORT_BLOCK / n;
     for (int64_t first = 0; first < groups; first += block) {
         const int64_t count = groups - first < block ? groups - first : block;
-        uint32_t bits[SHORT_ROOM];
-        memcpy(bits, x + first * n, count * n * sizeof *bits);
-        memset(bits + count * n, 0, (SHORT_ROOM - count * n) * sizeof *bits);
-        for (int i = 0; i < SHORT_BLOCK; i++) bits[i] &= 0x7fffffffu;
-        /* bits[i] becomes the maximum of `width` elements from i on, until that is a group. */
+        const uint32_t *in = (const uint32_t *)x + first * n;
+        uint32_t space[2][SHORT_ROOM], *most = space[0], *wider = space[1];
+        for (int64_t i = 0; i < count * n; i++) most[i] = in[i] & 0x7fffffffu;
+        /* most[i] becomes the maximum of `width` elements from i on, until that is a group. */
         for (int64_t width = 1; width < n;) {
             const int64_t step = 2 * width <= n ? width : n - width;
-            for (int i = 0; i < SHORT_BLOCK; i++) {
-                const uint32_t b = bits[i + step];
-                bits[i] = b > bits[i] ? b : bits[i];
-            }
+            memset(most + count * n, 0, step * sizeof *most);
+            DFP_CAT(most_of_two__, ISA)(most, most + step, count * n, wider);
             width += step;
+            uint32_t *const swap = most;
+            most = wider, wider = swap;
         }
-        for (int64_t g = 0; g < count; g++) most[first + g] = bits[g * n];
+        if (n > 1) {
+            for (int64_t g = 0; g < count; g++) wider[g] = most[g * n];
+            most = wider;
+        }
+        DFP_CAT(exponents_of__, ISA)(most, count, bits, e + first);
     }
 }
+
+/* A group's value in the place of each of its elements; what is written beyond is overwritten by
+ * the next group. */
+#define REPEAT(width)                                                            \
+    for (int64_t g = 0; g < groups; g++)                                         \
+        for (int i = 0; i < (width); i++) to[g * n + i] = value[g];
+
+TARGET static inline void DFP_CAT(repeat__, ISA)(const float *restrict value, int64_t groups,
+                                                 int64_t n, float *restrict to) {
+    if (n <= 4) { REPEAT(4) }
+    else if (n <= 8) { REPEAT(8) }
+    else if (n <= 16) { REPEAT(16) }
+    else if (n <= 32) { REPEAT(32) }
+    else { REPEAT(DFP_SHORT) }
+}
+
+#undef REPEAT
 
 TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t groups, int64_t n,
                                                    const int32_t *e, float qmax, int truncate,
@@ -80,28 +114,40 @@ TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t group
     const int64_t block = SHORT_BLOCK / n;
     for (int64_t first = 0; first < groups; first += block) {
         const int64_t count = groups - first < block ? groups - first : block;
-        int32_t power[SHORT_ROOM];
-        float in[SHORT_BLOCK];
-        int16_t out[SHORT_BLOCK];
-        /* A group's exponent in the place of each of its elements; what is written beyond is
-         * overwritten by the next. */
-        for (int64_t g = 0; g < count; g++)
-            for (int i = 0; i < (n <= 8 ? 8 : 32); i++) power[g * n + i] = -e[first + g];
-        memset(power + count * n, 0, (SHORT_ROOM - count * n) * sizeof *power);
-        memcpy(in, x + first * n, count * n * sizeof *in);
-        memset(in + count * n, 0, (SHORT_BLOCK - count * n) * sizeof *in);
-        for (int i = 0; i < SHORT_BLOCK; i++) {
-            int32_t one = power[i] > 126 ? 126 : power[i];
-            one = one < -126 ? -126 : one;
-            const union { int32_t bits; float value; } factor = {(one + 127) << 23},
-                rest = {(power[i] - one + 127) << 23};
-            float v = in[i] * factor.value * rest.value;
-            v = v < qmax ? v : qmax;
-            v = v > -qmax ? v : -qmax;
-            v = v + magic - magic;
-            out[i] = (int16_t)(int32_t)v;
+        const float *in = x + first * n;
+        int16_t *out = q + first * n;
+        union { int32_t bits; float value; } one[SHORT_BLOCK], two[SHORT_BLOCK];
+        float factor[SHORT_ROOM], factor2[SHORT_ROOM];
+        int32_t far = 0, nan = 0;
+        for (int64_t g = 0; g < count; g++) {
+            int32_t power = e[first + g] < -252 ? 252 : e[first + g] > 252 ? -252 : -e[first + g];
+            const int32_t power1 = power < -126 ? -126 : power > 126 ? 126 : power;
+            one[g].bits = (power1 + 127) << 23;
+            two[g].bits = (power - power1 + 127) << 23;
+            far |= power != power1;
+            nan |= e[first + g] == INT32_MIN;
         }
-        memcpy(q + first * n, out, count * n * sizeof *out);
+        DFP_CAT(repeat__, ISA)(&one->value, count, n, factor);
+        if (far) {
+            DFP_CAT(repeat__, ISA)(&two->value, count, n, factor2);
+            for (int64_t i = 0; i < count * n; i++) {
+                float v = in[i] * factor[i] * factor2[i];
+                v = v < qmax ? v : qmax;
+                v = v > -qmax ? v : -qmax;
+                v = v + magic - magic;
+                out[i] = (int16_t)(int32_t)v;
+            }
+        } else {
+            for (int64_t i = 0; i < count * n; i++) {
+                float v = in[i] * factor[i];
+                v = v < qmax ? v : qmax;
+                v = v > -qmax ? v : -qmax;
+                v = v + magic - magic;
+                out[i] = (int16_t)(int32_t)v;
+            }
+        }
+        for (int64_t g = 0; nan && g < count; g++)
+            if (e[first + g] == INT32_MIN) memset(out + g * n, 0, n * sizeof *out);
     }
 }
 
@@ -125,6 +171,37 @@ TARGET static void DFP_CAT(count__, ISA)(const float *x, const int16_t *q, int64
         counts[1] += lost;
         counts[2] += clamped;
     }
+}
+
+TARGET static int64_t DFP_CAT(zeros__, ISA)(const int16_t *q, int64_t n) {
+    enum { BLOCK = 1 << 14 }; /* sums of int16 vectorise best */
+    int64_t total = 0;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        const int64_t end = n - at < BLOCK ? n : at + BLOCK;
+        int16_t zeros = 0;
+        for (int64_t i = at; i < end; i++) zeros += q[i] == 0;
+        total += zeros;
+    }
+    return total;
+}
+
+TARGET static int DFP_CAT(suspect__, ISA)(const float *x, const int16_t *q, int64_t n) {
+    enum { SAMPLE = 16, EVERY = 8 };
+    if (n < 2048) return 2 * DFP_CAT(zeros__, ISA)(q, n) >= n;
+    /* Of every 128 elements 16, now these, now those: channels repeat themselves. */
+    int32_t nonzero[SAMPLE] = {0}, lost[SAMPLE] = {0};
+    const uint32_t *bits = (const uint32_t *)x;
+    for (int64_t v = 0; v + EVERY <= n / SAMPLE; v += EVERY) {
+        const int64_t at = (v + (v / EVERY * 5) % EVERY) * SAMPLE;
+        for (int i = 0; i < SAMPLE; i++) {
+            const int32_t here = (bits[at + i] & 0x7fffffffu) != 0;
+            nonzero[i] += here;
+            lost[i] += here & (q[at + i] == 0);
+        }
+    }
+    int64_t some = 0, none = 0;
+    for (int i = 0; i < SAMPLE; i++) some += nonzero[i], none += lost[i];
+    return some && 3 * none >= some;
 }
 
 /* Half of the last bit, less than half where that bit is even; nothing is shifted by 0. */
@@ -207,8 +284,9 @@ TARGET static void DFP_CAT(stochastic_f32_s16__, ISA)(const float *x, int64_t gr
         for (int64_t filled = at; filled < at + left;) {
             if (filled == end) group++, end += n;
             const int64_t stop = end < at + left ? end : at + left;
-            const double power = __builtin_ldexp(1.0, -e[group]);
-            for (; filled < stop; filled++) factor[skip + filled - at] = power;
+            const int32_t near = e[group] < -252 ? -252 : e[group] > 252 ? 252 : e[group];
+            const union { int64_t bits; double value; } power = {(int64_t)(1023 - near) << 52};
+            for (; filled < stop; filled++) factor[skip + filled - at] = power.value;
         }
         /* The noise has 24 bits, so the sum is exact where it matters: within 2**-24 of an integer
          * a double holds every bit of it. */
@@ -379,8 +457,9 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
 /* Their part of a dfp_kernel. */
 #define DFP_LOOPS                                                                        \
     DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),                       \
-        DFP_CAT(absmax_groups__, ISA), DFP_CAT(quantize_groups__, ISA),                  \
-        DFP_CAT(stochastic_f32_s16__, ISA), DFP_CAT(count__, ISA),                  \
+        DFP_CAT(exponents__, ISA), DFP_CAT(quantize_groups__, ISA),                      \
+        DFP_CAT(stochastic_f32_s16__, ISA), DFP_CAT(count__, ISA),                       \
+        DFP_CAT(zeros__, ISA), DFP_CAT(suspect__, ISA),                                  \
         DFP_CAT(align_s16__, ISA), DFP_CAT(align_pairs_s16__, ISA),                      \
         DFP_CAT(interleave_s16__, ISA), DFP_CAT(copy_rows_s16__, ISA),                   \
         DFP_CAT(depthwise_patch__, ISA), DFP_CAT(depthwise_dots__, ISA),                 \

@@ -168,7 +168,7 @@ typedef struct {
     void (*finish_transposed)(const dfp_digit_rows *done, int64_t ldc);
 } dfp_digits;
 
-enum { DFP_SHORT = 31 };    /* elements of a group whose overhead would exceed its work */
+enum { DFP_SHORT = 80 };    /* elements of a group whose overhead would exceed its work */
 
 /* What an instruction set brings; chosen once, when the library is loaded. */
 typedef struct {
@@ -184,18 +184,25 @@ typedef struct {
      * may go past the caches. */
     void (*quantize)(const float *x, int64_t n, float factor, float factor2, float qmax,
                      int truncate, int stream, int16_t *q);
-    /* The same for groups of n <= DFP_SHORT elements, one after the other: the absmax_bits of each,
-     * and mantissas with an exponent each, which may be anything from -252 to 252. */
-    void (*absmax_groups)(const float *x, int64_t groups, int64_t n, uint32_t *most);
+    /* The same for groups of 1 to DFP_SHORT elements, one after the other: their exponents for
+     * mantissas of so many bits, INT32_MIN where there is a NaN or an Inf; and mantissas by
+     * exponents, which may be any, 0 where they are INT32_MIN. */
+    void (*exponents)(const float *x, int64_t groups, int64_t n, int bits, int32_t *e);
     void (*quantize_groups)(const float *x, int64_t groups, int64_t n, const int32_t *e, float qmax,
                             int truncate, int16_t *q);
     /* q[i] = clamp(floor(x[i] * 2**-e + u), -qmax, qmax), u the noise (docs/numerics.md) of element
-     * index + i, for groups of n elements with an exponent each, from -252 to 252. */
+     * index + i, for groups of n elements with an exponent each, which may be any; those beyond
+     * +-252 are as good as these. */
     void (*stochastic)(const float *x, int64_t groups, int64_t n, int64_t index, const int32_t *e,
                        double qmax, const uint32_t *key, uint64_t step, int16_t *q);
     /* Adds to counts[0] how many elements of x are not zero, to counts[1] how many of these have
      * a mantissa of zero in q, to counts[2] how many have a magnitude whose bits exceed `limit`. */
     void (*count)(const float *x, const int16_t *q, int64_t n, uint32_t limit, int64_t *counts);
+    /* How many mantissas are zero. */
+    int64_t (*zeros)(const int16_t *q, int64_t n);
+    /* Whether it may be that half of the elements of x that are not zero have a mantissa of zero;
+     * of many, an eighth is looked at. */
+    int (*suspect)(const float *x, const int16_t *q, int64_t n);
     /* to[i] = RN(from[i] * 2**-shift), ties to even, 0 <= shift <= 16; `to` may be `from`. */
     void (*align)(const int16_t *from, int64_t n, int shift, int16_t *to);
     /* The same in place for `count` pairs: the first of each by `first`, the second by `second`. */

@@ -172,15 +172,15 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
         z.e = <int32_t*>set_output(&c, 1, TF_INT32, shape.dim, <int>a.group_axes)
         if a.n_counts:
             counts = <int64_t*>set_output(&c, 2, TF_INT64, &three, 1)
-    z.counting = a.n_counts or (a.site[0] and not a.told)
+    z.counting, z.watching = a.n_counts, a.site[0] and not a.told
     z.group_counts = NULL
-    if ok(&c) and z.counting and in_pieces(&z):
+    if ok(&c) and (z.counting or z.watching) and in_pieces(&z):
         z.group_counts = <int64_t*>get_scratch(&c, z.groups * 3 * sizeof(int64_t))
     if ok(&c):
         quantize(&z)
         if counts != NULL:
             memcpy(counts, z.counts, sizeof(z.counts))
-        if z.counting and a.site[0] and not a.told and much_is_lost(z.worst):
+        if z.watching and much_is_lost(z.worst):
             a.told = tell_loss(a.site, z.worst)
     close_call(&c)
 
