@@ -27,18 +27,19 @@ NAMES = ("dfp16", "dfp16_paper")
 class DFPPolicy(dtype_policies.DTypePolicyMap):
     """A dtype policy under which convolutions and matrix products run on 16-bit integers.
 
-    Variables, activations and everything that is not a product stay float32. The names can be
-    used wherever Keras takes a dtype policy: `keras.config.set_dtype_policy("dfp16")`,
+    Variables, activations and everything that is not a product stay float32, and so do convolutions
+    that only move data, as in `keras.ops.image.extract_patches`. The names can be used wherever
+    Keras takes a dtype policy: `keras.config.set_dtype_policy("dfp16")`,
     `keras.layers.Dense(10, dtype="dfp16")`.
 
     A policy is immutable; `layer.dtype_policy = other` gives one layer another policy.
 
     Args:
-        name: `"dfp16"`: every convolution and matrix product, exactly; or `"dfp16_paper"`, the
-            recipe of Das et al. (2018): `accumulation="spill"` always, and the first convolution
-            and the last `Dense` layer stay FP32 (found in the order of the model's layers, the
-            `Dense` among those of the first output, when the model is compiled or given to
-            `set_model_policy`), and every tensor has one exponent.
+        name: `"dfp16"`: the convolutions and matrix products of `scope`, exactly; or
+            `"dfp16_paper"`, the recipe of Das et al. (2018): `accumulation="spill"` and
+            `exponents="tensor"` always, and the first convolution and the last `Dense` layer stay
+            FP32 (found in the order of the model's layers, the `Dense` among those of the first
+            output, when the model is compiled or given to `set_model_policy`).
         mantissa_bits: Bits of a mantissa, sign included, 8 to 16.
         rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
         accumulation: `"exact"` or `"spill"`.
@@ -47,19 +48,17 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         exponents: `"sample"`: every sample (in matrix products, every row) has an exponent of its
             own, so that its result does not depend on the other samples of its batch; or
             `"tensor"`: one exponent for all of a tensor, as in the paper.
-        scope: Which products of a layer that is. `"weights"`, the default: those of layers that
-            have weights of their own, those with a variable as an operand, and those of attention
-            (Keras's attention layers and `dot_product_attention`). What else is multiplied, such
-            as positions, distances, filter banks or Gram matrices in layers without weights,
-            stays FP32. `"all"`: every one.
+        scope: Which products run on integers. `"weights"`, the default: those of layers that have
+            weights of their own, those with a variable as an operand, and those of attention
+            (Keras's attention layers, and `dot_product_attention` anywhere). What other layers
+            multiply (positions, distances, filter banks, Gram matrices) stays FP32. `"all"`: every
+            product.
         exclude: Patterns of the layers that stay FP32.
         overrides: Dict from the pattern of a layer to what it has instead: a dict of the options
             above that differ, another DFPPolicy, `"dfp16"` or `"float32"`. The first pattern
             that matches counts; overrides go before `exclude` and before what Keras layers stay
             FP32 by default (preprocessing, the power iteration of `SpectralNormalization`). They
             take all products of the layers they match, unless they say `scope="weights"`.
-
-    Convolutions that only move data, as in `keras.ops.image.extract_patches`, are never rounded.
 
     Patterns are shell-style (`*`, `?`, `[...]`) and match a layer's full path, such as
     `"encoder/attention/query"`, or its last component, `"query"`. `*` matches `/` too:

@@ -41,6 +41,11 @@ class OpsDot(OpsMatmul):
         return keras.ops.dot(x, self.kernel)
 
 
+class OpsOperator(OpsMatmul):
+    def call(self, x):
+        return x @ self.kernel
+
+
 vector, sequence = normal(2, 4), normal(2, 8, 4)
 image, volume = normal(2, 8, 8, 4), normal(2, 6, 6, 6, 4)
 
@@ -261,7 +266,10 @@ def every_product():
     x = layers.MultiHeadAttention(2, 4)(x, x)
     x = layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x)
     x = layers.LSTM(4, return_sequences=True)(x)
-    x = OpsTensordot()(OpsDot()(x))
+    x = layers.TimeDistributed(layers.Dense(4))(x)
+    x = CustomGradient()(OpsOperator()(OpsTensordot()(OpsDot()(x))))
+    x = keras.ops.image.extract_patches(layers.Reshape((8, 8, 3))(x), 2)
+    x = layers.Reshape((16, 12))(x)
     x = keras.ops.matmul(x, keras.ops.transpose(x, (0, 2, 1)))
     return keras.Model(images, layers.Dense(2)(layers.Flatten()(x)))
 
@@ -391,9 +399,10 @@ def test_a_remat_function_of_the_user_recomputes_under_the_same_policy():
 @keras.ops.custom_gradient
 def multiply_and_halve_gradients(x, w):
     def gradient(dy):
-        dx = keras.ops.matmul(dy, keras.ops.transpose(w))
-        dw = keras.ops.matmul(keras.ops.transpose(x), dy)
-        return dx / 2, dw / 2
+        flat, dy2 = keras.ops.reshape(x, (-1, x.shape[-1])), keras.ops.reshape(dy, (-1, 3))
+        dx = keras.ops.matmul(dy2, keras.ops.transpose(w))
+        dw = keras.ops.matmul(keras.ops.transpose(flat), dy2)
+        return keras.ops.reshape(dx, keras.ops.shape(x)) / 2, dw / 2
 
     return keras.ops.matmul(x, w), gradient
 

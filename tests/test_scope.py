@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
+from keras.src.ops import image
 
 import keras_dfp
 from keras_dfp import DFPFormat, DFPPolicy
@@ -281,6 +282,7 @@ if hasattr(ops.image, "extract_patches_3d"):
         lambda x: ops.image.extract_patches_3d(x, 2),
         (2, 4, 4, 4, 3),
     )
+if hasattr(image, "_extract_patches_2d"):
     MOVEMENTS["three sizes"] = (
         lambda x: ops.image.extract_patches(x, (2, 2, 2)),
         (2, 4, 4, 4, 1),

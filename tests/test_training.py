@@ -338,6 +338,7 @@ def test_plateaus():
 def test_policies_by_word():
     assert policy("float32") == keras.DTypePolicy("float32")
     assert policy("dfp16") == keras_dfp.DFPPolicy()
+    assert policy("dfp16:scope=all") == keras_dfp.DFPPolicy(scope="all")
     assert policy("dfp16:mantissa_bits=10:rounding=stochastic") == keras_dfp.DFPPolicy(
         mantissa_bits=10, rounding="stochastic"
     )
@@ -352,7 +353,7 @@ def test_policies_by_word():
     [
         ("int8", "There is no policy 'int8'; there are float32, dfp16"),
         ("float32:mantissa_bits=9", "float32 has no options"),
-        ("dfp16:bits=9", "options mantissa_bits, rounding, accumulation, products; got 'bits=9'"),
+        ("dfp16:bits=9", "accumulation, products, scope; got 'bits=9'"),
         ("dfp16:mantissa_bits", "takes :option=value"),
         ("dfp16:mantissa_bits=7", "integer from 8 to 16; got 7"),
         ("dfp16:mantissa_bits=ten", "integer from 8 to 16; got 'ten'"),

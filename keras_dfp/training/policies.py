@@ -17,8 +17,8 @@ def policy(spelling: str) -> keras.DTypePolicy:
     """Returns the policy that a word stands for.
 
     Args:
-        spelling: One of `POLICIES`; a DFPPolicy may be followed by options of it, each
-            as `:option=value`. Several products are joined by `+`.
+        spelling: One of `POLICIES`; a DFPPolicy may be followed by its `OPTIONS`, each as
+            `:option=value`. Several products are joined by `+`.
 
     Raises:
         ValueError: If there is no such policy, option or value.

@@ -47,46 +47,50 @@ TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, f
 #define SHORT_BLOCK 2048
 #define SHORT_ROOM (SHORT_BLOCK + 2 * DFP_SHORT)
 
-/* The exponent of each group of one that holds a float's magnitude bits. */
-TARGET static inline void DFP_CAT(exponents_of__, ISA)(const uint32_t *most, int64_t groups,
-                                                       int bits, int32_t *e) {
-    for (int64_t g = 0; g < groups; g++) {
-        /* A subnormal is an integer times 2**-149, exact as a float; zero counts as 1. */
-        const union { float value; uint32_t bits; } small = {(float)(int32_t)(most[g] | (most[g] == 0))};
-        const int32_t normal = (int32_t)(most[g] >> 23) - 127;
-        const int32_t subnormal = (int32_t)(small.bits >> 23) - 127 - 149;
-        const int32_t exponent = (most[g] < 0x00800000u ? subnormal : normal) - (bits - 2);
-        e[g] = most[g] >= 0x7f800000u ? INT32_MIN : exponent;
-    }
+TARGET static inline void DFP_CAT(most_of_two__, ISA)(const uint8_t *a, const uint8_t *b,
+                                                      int64_t n, uint8_t *restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] = a[i] > b[i] ? a[i] : b[i];
 }
 
-TARGET static inline void DFP_CAT(most_of_two__, ISA)(const uint32_t *a, const uint32_t *b,
-                                                      int64_t n, uint32_t *restrict to) {
-    for (int64_t i = 0; i < n; i++) to[i] = a[i] > b[i] ? a[i] : b[i];
+/* floor(log2(x)) of the largest of n magnitudes, all subnormal; of zeros, that of the least. */
+static inline int32_t DFP_CAT(subnormal_log2__, ISA)(const uint32_t *bits, int64_t n) {
+    uint32_t most = 1;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t b = bits[i] & 0x7fffffffu;
+        most = b > most ? b : most;
+    }
+    return 31 - __builtin_clz(most) - 149;
 }
 
 TARGET static void DFP_CAT(exponents__, ISA)(const float *x, int64_t groups, int64_t n, int bits,
                                              int32_t *e) {
+    /* The largest of the floats' own exponents decides, and they are bytes. */
     const int64_t block = SHORT_BLOCK / n;
     for (int64_t first = 0; first < groups; first += block) {
         const int64_t count = groups - first < block ? groups - first : block;
         const uint32_t *in = (const uint32_t *)x + first * n;
-        uint32_t space[2][SHORT_ROOM], *most = space[0], *wider = space[1];
-        for (int64_t i = 0; i < count * n; i++) most[i] = in[i] & 0x7fffffffu;
+        uint8_t space[2][SHORT_ROOM], *most = space[0], *wider = space[1];
+        for (int64_t i = 0; i < count * n; i++) most[i] = (uint8_t)(in[i] >> 23);
         /* most[i] becomes the maximum of `width` elements from i on, until that is a group. */
         for (int64_t width = 1; width < n;) {
             const int64_t step = 2 * width <= n ? width : n - width;
-            memset(most + count * n, 0, step * sizeof *most);
+            memset(most + count * n, 0, step);
             DFP_CAT(most_of_two__, ISA)(most, most + step, count * n, wider);
             width += step;
-            uint32_t *const swap = most;
+            uint8_t *const swap = most;
             most = wider, wider = swap;
         }
-        if (n > 1) {
-            for (int64_t g = 0; g < count; g++) wider[g] = most[g * n];
-            most = wider;
+        int32_t *const to = e + first;
+        for (int64_t g = 0; g < count; g++) to[g] = most[g * n];
+        int32_t small = 0;
+        for (int64_t g = 0; g < count; g++) {
+            const int32_t field = to[g];
+            small |= field == 0;
+            to[g] = field == 255 ? INT32_MIN : field - 127 - (bits - 2);
         }
-        DFP_CAT(exponents_of__, ISA)(most, count, bits, e + first);
+        for (int64_t g = 0; small && g < count; g++)
+            if (to[g] == -127 - (bits - 2))
+                to[g] = DFP_CAT(subnormal_log2__, ISA)(in + g * n, n) - (bits - 2);
     }
 }
 
@@ -98,7 +102,8 @@ TARGET static void DFP_CAT(exponents__, ISA)(const float *x, int64_t groups, int
 
 TARGET static inline void DFP_CAT(repeat__, ISA)(const float *restrict value, int64_t groups,
                                                  int64_t n, float *restrict to) {
-    if (n <= 4) { REPEAT(4) }
+    if (n == 1) memcpy(to, value, groups * sizeof *to);
+    else if (n <= 4) { REPEAT(4) }
     else if (n <= 8) { REPEAT(8) }
     else if (n <= 16) { REPEAT(16) }
     else if (n <= 32) { REPEAT(32) }
@@ -116,20 +121,27 @@ TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t group
         const int64_t count = groups - first < block ? groups - first : block;
         const float *in = x + first * n;
         int16_t *out = q + first * n;
-        union { int32_t bits; float value; } one[SHORT_BLOCK], two[SHORT_BLOCK];
+        int32_t one[SHORT_BLOCK], two[SHORT_BLOCK];
         float factor[SHORT_ROOM], factor2[SHORT_ROOM];
-        int32_t far = 0, nan = 0;
+        const int32_t *exponent = e + first;
+        int32_t least = 0, largest = 0;
         for (int64_t g = 0; g < count; g++) {
-            int32_t power = e[first + g] < -252 ? 252 : e[first + g] > 252 ? -252 : -e[first + g];
-            const int32_t power1 = power < -126 ? -126 : power > 126 ? 126 : power;
-            one[g].bits = (power1 + 127) << 23;
-            two[g].bits = (power - power1 + 127) << 23;
-            far |= power != power1;
-            nan |= e[first + g] == INT32_MIN;
+            least = exponent[g] < least ? exponent[g] : least;
+            largest = exponent[g] > largest ? exponent[g] : largest;
+            one[g] = (int32_t)((127u - (uint32_t)exponent[g]) << 23);
         }
-        DFP_CAT(repeat__, ISA)(&one->value, count, n, factor);
+        const int far = least < -126 || largest > 126;
+        for (int64_t g = 0; far && g < count; g++) {
+            int32_t power = exponent[g] < -252 ? -252 : exponent[g];
+            power = power > 252 ? -252 : -power;
+            int32_t power1 = power < -126 ? -126 : power;
+            power1 = power1 > 126 ? 126 : power1;
+            one[g] = (power1 + 127) << 23;
+            two[g] = (power - power1 + 127) << 23;
+        }
+        DFP_CAT(repeat__, ISA)((const float *)one, count, n, factor);
         if (far) {
-            DFP_CAT(repeat__, ISA)(&two->value, count, n, factor2);
+            DFP_CAT(repeat__, ISA)((const float *)two, count, n, factor2);
             for (int64_t i = 0; i < count * n; i++) {
                 float v = in[i] * factor[i] * factor2[i];
                 v = v < qmax ? v : qmax;
@@ -146,8 +158,8 @@ TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t group
                 out[i] = (int16_t)(int32_t)v;
             }
         }
-        for (int64_t g = 0; nan && g < count; g++)
-            if (e[first + g] == INT32_MIN) memset(out + g * n, 0, n * sizeof *out);
+        for (int64_t g = 0; far && g < count; g++)
+            if (exponent[g] == INT32_MIN) memset(out + g * n, 0, n * sizeof *out);
     }
 }
 
