@@ -90,7 +90,7 @@ def groups_of_floats(rng, shape, axes):
     """Groups of any magnitude: some of zeros or subnormals, some with a NaN or an infinity."""
     groups = math.prod(shape[:axes])
     x = rng.standard_normal((groups, math.prod(shape[axes:])))
-    x *= 10.0 ** rng.uniform(-44, 38, (groups, 1))
+    x *= 10.0 ** rng.uniform(-44, 37, (groups, 1))
     x = x.astype(np.float32)
     if x.size and groups > 1:
         for group in rng.integers(groups, size=-(-groups // 8)):
@@ -102,11 +102,11 @@ def groups_of_floats(rng, shape, axes):
     return x.reshape(shape)
 
 
-# With at most 31 elements a group is short; 1024 short ones are one piece of work.
+# With at most 80 elements a group is short; short ones are taken many at a time.
 GROUPS = [
-    *[(n, 1) for n in (1, 2, 1030)],
-    *[(300, n) for n in (2, 3, 7, 8, 9, 16, 30, 31, 32, 33, 63, 100)],
-    *[(2100, n) for n in (4, 31, 32)],
+    *[(n, 1) for n in (1, 2, 2050)],
+    *[(300, n) for n in (2, 3, 7, 8, 9, 16, 31, 32, 33, 63, 79, 80, 81, 100)],
+    *[(2100, n) for n in (4, 31, 80, 81)],
     *[(0, 3), (4, 0), (0, 0), (3, 0, 2)],
     *[(1, 1), (1, 7), (1, 100), (2, 5000)],
     *[(3, 2, 5), (2, 3, 4, 2), (5, 1, 1)],
@@ -298,13 +298,26 @@ def test_a_loss_of_a_large_group_is_told(told, shape):
     assert share == pytest.approx(0.5, abs=1e-3)
 
 
+def test_a_loss_is_told_wherever_its_group_lies(told):
+    for n, lost in ((70, slice(None, None, 2)), (129, slice(0, 70)), (3000, slice(1000, 2600))):
+        for group in range(30):
+            x = np.ones((30, n), np.float32)
+            x[group, lost] = 1e-9
+            x[group, 0] = 1
+            native_quantize(x, group_axes=1, site=f"{n} elements, group {group}")
+        wait_for_main_thread()
+        assert len(told) == 30 * [70, 129, 3000].index(n) + 30, n
+
+
 def test_what_is_no_loss_is_not_told(told):
     few = outlier(63, 62)
     less_than_half = outlier(101, 50)
+    of_one_piece = outlier(600_000, 200_000)
     zeros = outlier(64, 31, zeros=5000)
     nan = outlier(100, 99)
     nan[-1] = np.nan
-    for i, x in enumerate((few, less_than_half, zeros, nan, np.zeros(1000, np.float32))):
+    nothing = np.zeros(1000, np.float32)
+    for i, x in enumerate((few, less_than_half, of_one_piece, zeros, nan, nothing)):
         native_quantize(x, site=f"no loss {i}")
     native_quantize(np.tile(few, (50, 1)), group_axes=1, site="no loss of short groups")
     native_quantize(outlier(1000, 999))  # without a site
@@ -443,26 +456,31 @@ def test_quantize_does_not_depend_on_flush_modes():
 # ---- Matrix products -----------------------------------------------------------------------------
 
 
-def exponents_of_rows(rng, shape, which, kind):
+EVERY_WAY = list(itertools.product((False, True), repeat=2))
+
+
+def exponents_of_rows(rng, shape, which, apart):
     """Exponents of an operand of this shape, as it is stored.
 
-    `which` have one: "one" operand, each "matrix", each "row" or so many rows together; or it is an
-    exponent itself. Returns them, and those of all rows.
+    `which` have one: each "matrix", each "row", "49 rows" together; or it is that of all of them.
+    Returns them, and those of all rows.
     """
-    rows = shape[:-1]
-    of = {"one": (), "matrix": shape[:-2], "row": rows}.get(which)
+    *batch, rows, _ = shape
     if isinstance(which, int):
-        of = () if which <= 0 else (math.prod(rows) // which,)
-    e = one_exponent_each(rng, of, kind)
-    if isinstance(which, int) and which <= 0:
-        e[...] = which
-    each = np.repeat(e, math.prod(rows) // e.size) if e.size else np.zeros(0, np.int32)
-    return e, each.reshape(*rows, 1)
+        return np.int32(which), np.full((1,) * len(shape), which)
+    of = {"matrix": batch, "row": (*batch, rows)}.get(which)
+    if of is None:
+        of = (math.prod(shape[:-1]) // int(which.split()[0]),)
+    e = one_exponent_each(rng, of, apart)
+    if e.size in (0, 1):
+        return e, e.reshape((1,) * len(shape) if e.size else (*batch, rows, 1))
+    each = np.repeat(e, math.prod(shape[:-1]) // e.size)
+    return e, each.reshape(*batch, rows, 1)
 
 
 def check_matmul(
     rng, batch, m, k, n, a_bits, b_bits, accumulation, kind, of_a=-3, of_b=-9, apart="same",
-    isas=None, transposed=tuple(itertools.product((False, True), repeat=2)),
+    isas=None, transposed=EVERY_WAY,
 ):  # fmt: skip
     """Compares a product with the reference: for exponents see `exponents_of_rows`."""
     a = mantissas(rng, (*batch, m, k), a_bits, kind)
@@ -507,8 +525,8 @@ MATMULS = [
     (1, (9, 9), "random"),
     (2, (14, 16), "extreme"),
     (1, (8, 15), "signs"),
-    (2, (14, 14), "extreme", "row", "one", "apart"),
-    (1, (16, 16), "signs", "one", "row", "near"),
+    (2, (14, 14), "extreme", "row", -9, "apart"),
+    (1, (16, 16), "signs", -3, "row", "near"),
     (4, (14, 16), "random", "row", "row", "near"),
     (2, (13, 14), "signs", "row", "row", "low"),
     (1, (14, 14), "random", "row", "row", "nan"),
@@ -532,7 +550,12 @@ def test_matmul(accumulation, batch, m, k, n):
 def test_matmul_of_groups_of_rows(accumulation):
     """Groups of an odd length: a pair of products may belong to two."""
     rng = np.random.default_rng(0)
-    for of_a, of_b, rows in [(49, 49, 5 * 49), (49, -9, 147), (-3, 7, 7 * 66), (3, 5, 15 * 17)]:
+    for of_a, of_b, rows in [
+        ("49 rows", "49 rows", 5 * 49),
+        ("49 rows", -9, 147),
+        (-3, "7 rows", 7 * 36),
+        ("3 rows", "5 rows", 15 * 11),
+    ]:
         for batch, bits, apart in [((), 14, "near"), ((2,), 16, "nan"), ((3,), 9, "apart")]:
             extension.set_threads(2, small=0)
             check_matmul(
@@ -540,7 +563,7 @@ def test_matmul_of_groups_of_rows(accumulation):
                 *(of_a, of_b, apart), isas=ISAS, transposed=[(True, False), (False, True)],
             )  # fmt: skip
     # Groups of matrices.
-    for of_a, of_b in ((10, "matrix"), (20, 6), ("row", 12)):
+    for of_a, of_b in (("10 rows", "matrix"), ("20 rows", "6 rows"), ("row", "12 rows")):
         exponents = of_a, of_b, "near"
         check_matmul(rng, (4,), 5, 6, 7, 14, 14, accumulation, "random", *exponents, isas=ISAS,
                      transposed=[(False, False)])  # fmt: skip

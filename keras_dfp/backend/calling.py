@@ -143,20 +143,28 @@ def float32_by_default(layer: keras.layers.Layer) -> str:
 
 
 def in_scope(
-    decision: Decision, layer: keras.layers.Layer, operation: str, operands: Iterable
+    decision: Decision, layer: keras.layers.Layer, operation: str, operands: Iterable, outer: bool
 ) -> Decision:
     """Returns what a decision about a layer says of one of its products.
 
     What a layer without weights multiplies (positions, distances, filters, patches) is often
-    float32 on purpose; so the scope `"weights"` leaves it there, but for attention.
+    float32 on purpose, and so is an outer product (positions times frequencies, in a layer of any
+    kind): the scope `"weights"` leaves them there, but for attention.
+
+    Args:
+        decision: What was decided for the layer.
+        layer: The layer.
+        operation: Name of the product.
+        operands: What it multiplies.
+        outer: Whether it sums over nothing.
     """
-    if (
-        decision.scope == "all"
-        or owns_weights(layer)
-        or isinstance(layer, ATTENTION)
-        or operation == "dot_product_attention"
-        or any(isinstance(x, (keras.Variable, tf.Variable)) for x in operands)
+    if decision.scope == "all" or any(
+        isinstance(x, (keras.Variable, tf.Variable)) for x in operands
     ):
+        return decision
+    if outer:
+        return Decision(None, "an outer product sums over nothing; scope='all' takes it")
+    if owns_weights(layer) or isinstance(layer, ATTENTION) or operation == "dot_product_attention":
         return decision
     return Decision(None, "the layer has no weights; scope='all' takes it")
 

@@ -77,7 +77,8 @@ def _route(name: str, split, original):
         if decision.format is not None:
             operands, again = split(*args, **kwargs)
             decision = _check_operands(decision, operands)
-            decision = in_scope(decision, layer, name, operands)
+            outer = _is_outer(name, args, kwargs, operands)
+            decision = in_scope(decision, layer, name, operands, outer)
         with recording.product(layer, name, decision):
             if decision.format is None:
                 with _stock():
@@ -101,6 +102,19 @@ def _route(name: str, split, original):
             return audit.product(layer, name, decision.format, operands, on_integers, stock)
 
     return dispatch
+
+
+def _is_outer(name: str, args, kwargs, operands) -> bool:
+    """Tells whether a product of two operands sums over nothing."""
+    if name == "einsum":
+        inputs, arrow, output = str(args[0]).replace(" ", "").partition("->")
+        return bool(arrow) and len(operands) == 2 and set(inputs) <= {*output, ",", "."}
+    if name == "tensordot":
+        axes = args[2] if len(args) > 2 else kwargs.get("axes", 2)
+        return axes is not None and np.size(axes) == 1 and np.all(np.equal(axes, 0))
+    if name in ("matmul", "dot"):
+        return len(operands[0].shape) > 1 and operands[0].shape[-1] == 1
+    return False
 
 
 def _check_operands(decision: Decision, operands) -> Decision:

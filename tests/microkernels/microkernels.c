@@ -305,47 +305,71 @@ static void check_quantize(void) {
     CHECK(q[-1] == 12345 && q[n] == 12345, "wrote beyond an end");
 }
 
+/* Of a group: near to each other, anything that counts, or anything. */
+static int32_t any_exponent(int kind) {
+    static const int32_t special[] = {INT32_MAX, INT32_MIN + 1, -253, 253, -252, 252, -127, 127};
+    if (kind == 0) return between(-3, 3);
+    if (kind == 1 || word() % 4) return between(-252, 252);
+    return special[word() % (sizeof special / sizeof *special)];
+}
+
 static void check_quantize_groups(void) {
     static float space_x[ALL_GROUPS];
     static int16_t space[ALL_GROUPS + 34];
     static int32_t space_e[MAX_GROUPS];
-    const int qmax = (1 << between(7, 15)) - 1, truncate = word() % 2, wide = word() % 2;
+    const int qmax = (1 << between(7, 15)) - 1, truncate = word() % 2, kind = word() % 3;
     const int64_t n = between(1, DFP_SHORT), groups = between(0, word() % 4 ? 40 : MAX_GROUPS);
     /* They end where memory does. */
     float *const x = space_x + ALL_GROUPS - groups * n;
     int32_t *const e = space_e + MAX_GROUPS - groups;
     int16_t *const q = space + between(1, 32);
     for (int64_t i = 0; i < groups * n; i++) x[i] = any_float();
-    for (int64_t g = 0; g < groups; g++) e[g] = wide ? between(-252, 252) : between(-3, 3);
+    for (int64_t g = 0; g < groups; g++)
+        e[g] = kind == 2 && word() % 8 == 0 ? NAN_EXPONENT : any_exponent(kind);
     q[-1] = q[groups * n] = 12345;
     kernel->quantize_groups(x, groups, n, e, (float)qmax, truncate, q);
     for (int64_t i = 0; i < groups * n; i++) {
-        const int expected = quantized(x[i], -e[i / n], qmax, truncate);
-        CHECK(q[i] == expected, "group %d of %d, %a * 2**%d, qmax %d: got %d, expected %d",
-              (int)(i / n), (int)n, x[i], -e[i / n], qmax, q[i], expected);
+        const int32_t one = e[i / n];
+        const int expected = one == NAN_EXPONENT ? 0 : quantized(x[i], -one, qmax, truncate);
+        CHECK(q[i] == expected, "group %d of %d, %a * 2**-%d, qmax %d: got %d, expected %d",
+              (int)(i / n), (int)n, x[i], one, qmax, q[i], expected);
     }
     CHECK(q[-1] == 12345 && q[groups * n] == 12345, "wrote beyond an end");
 }
 
-static void check_absmax_groups(void) {
-    static float space[ALL_GROUPS];
-    static uint32_t most[MAX_GROUPS + 1];
-    const int64_t n = between(0, DFP_SHORT), groups = between(0, word() % 4 ? 40 : MAX_GROUPS);
-    float *const x = space + ALL_GROUPS - groups * n;
-    for (int64_t i = 0; i < groups * n; i++)
-        x[i] = float_of(word() % 8 ? bits_of(any_float()) : word());
-    most[groups] = 12345;
-    kernel->absmax_groups(x, groups, n, most);
-    for (int64_t g = 0; g < groups; g++) {
-        uint32_t expected = 0;
-        for (int64_t i = 0; i < n; i++) {
-            const uint32_t bits = bits_of(x[g * n + i]) & 0x7fffffffu;
-            if (bits > expected) expected = bits;
-        }
-        CHECK(most[g] == expected, "group %d of %d, of %d elements: got %x, expected %x", (int)g,
-              (int)groups, (int)n, most[g], expected);
+/* floor(log2(x)) of the largest magnitude, that of the least subnormal where there is none. */
+static int32_t exponent_of(const float *x, int64_t n, int bits) {
+    double most = ldexp(1.0, -149);
+    for (int64_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) return NAN_EXPONENT;
+        most = fmax(most, fabs(x[i]));
     }
-    CHECK(most[groups] == 12345, "wrote beyond the end");
+    return ilogb(most) - (bits - 2);
+}
+
+static void check_exponents(void) {
+    static float space[ALL_GROUPS];
+    static int32_t e[MAX_GROUPS + 1];
+    const int64_t n = between(1, DFP_SHORT), groups = between(0, word() % 4 ? 40 : MAX_GROUPS);
+    const int bits = between(8, 16), special = word() % 3 == 0;
+    float *const x = space + ALL_GROUPS - groups * n;
+    for (int64_t g = 0; g < groups; g++) {
+        const int small = word() % 4;
+        for (int64_t i = g * n; i < (g + 1) * n; i++) {
+            x[i] = any_float();
+            if (small == 0) x[i] = word() % 2 ? 0.0f : -0.0f;
+            if (small == 1) x[i] = float_of(word() & (0x807fffffu >> (word() % 23)));
+            if (special && word() % 100 == 0) x[i] = float_of(word() | 0x7f800000u);
+        }
+    }
+    e[groups] = 12345;
+    kernel->exponents(x, groups, n, bits, e);
+    for (int64_t g = 0; g < groups; g++) {
+        const int32_t expected = exponent_of(x + g * n, n, bits);
+        CHECK(e[g] == expected, "group %d of %d, of %d elements: got %d, expected %d", (int)g,
+              (int)groups, (int)n, e[g], expected);
+    }
+    CHECK(e[groups] == 12345, "wrote beyond the end");
 }
 
 static void check_count(void) {
@@ -369,6 +393,45 @@ static void check_count(void) {
     for (int k = 0; k < 3; k++)
         CHECK(counts[k] == expected[k], "%d elements, count %d: got %lld, expected %lld", (int)n, k,
               (long long)counts[k], (long long)expected[k]);
+}
+
+static void check_zeros(void) {
+    enum { LONG = 70000 };
+    static int16_t space[LONG];
+    const int64_t n = word() % 16 ? between(0, MAX_N) : between(0, LONG);
+    int16_t *const q = space + LONG - n;
+    const int many = word() % 3;
+    int64_t expected = 0;
+    for (int64_t i = 0; i < n; i++) {
+        q[i] = many == 2 || (many == 1 && word() % 2) ? 0 : (int16_t)word();
+        expected += q[i] == 0;
+    }
+    const int64_t got = kernel->zeros(q, n);
+    CHECK(got == expected, "%d elements: got %lld, expected %lld", (int)n, (long long)got,
+          (long long)expected);
+}
+
+/* Nothing is missed but in a sample, nothing suspected where nothing is lost. */
+static void check_suspect(void) {
+    enum { LONG = 70000 };
+    static float x[LONG];
+    static int16_t q[LONG];
+    const int64_t n = word() % 2 ? between(1, 2047) : between(2048, LONG);
+    const uint32_t share = word() % 9;         /* of 8, that is lost */
+    int64_t nonzero = 0, lost = 0;
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = word() % 4 ? 1.0f : 0.0f;
+        q[i] = x[i] != 0 && word() % 8 >= share ? 1 : 0;
+        nonzero += x[i] != 0;
+        lost += x[i] != 0 && q[i] == 0;
+    }
+    const int got = kernel->suspect(x, q, n);
+    if (n < 2048 && nonzero)
+        CHECK(got || 2 * lost < nonzero, "%d elements: %d of %d lost, not seen", (int)n, (int)lost,
+              (int)nonzero);
+    else
+        CHECK(got == (share >= 4) || share == 1 || share == 2 || share == 3,
+              "%d elements, %d eighths lost: got %d", (int)n, (int)share, got);
 }
 
 static int16_t any_int16(void) {
@@ -436,6 +499,9 @@ static void check_philox(void) {
           "other words than published");
 }
 
+/* Beyond these bounds nothing changes. */
+static int stochastic_power(int32_t e) { return e < -252 ? 252 : e > 252 ? -252 : -e; }
+
 /* In one group, or in many of any length. */
 static void check_stochastic(void) {
     static float x[MAX_LONG];
@@ -450,10 +516,10 @@ static void check_stochastic(void) {
     const int64_t index = word() % 2 ? between(0, 4000) : (int64_t)word() << between(0, 30);
     const uint64_t step = (uint64_t)word() << 32 | word();
     const uint32_t key[2] = {word(), word()};
-    const int wide = word() % 2, qmax = (1 << between(7, 15)) - 1;
-    for (int g = 0; g < groups; g++) e[g] = wide ? between(-252, 252) : between(-2, 12);
+    const int kind = word() % 3, qmax = (1 << between(7, 15)) - 1;
+    for (int g = 0; g < groups; g++) e[g] = kind ? any_exponent(kind) : between(-2, 12);
     for (int i = 0; i < n; i++) {
-        const int power = -e[i / of_group];
+        const int power = stochastic_power(e[i / of_group]);
         const uint64_t block = (uint64_t)(index + i) / 4;
         uint32_t words[4] = {(uint32_t)block, (uint32_t)(block >> 32), (uint32_t)step,
                              (uint32_t)(step >> 32)};
@@ -469,7 +535,7 @@ static void check_stochastic(void) {
     for (int i = 0; i < n; i++) {
         /* floor(v + u) without the sum, which may not fit a double: whole part and rest are exact,
          * and so is 1 - u. */
-        const int power = -e[i / of_group];
+        const int power = stochastic_power(e[i / of_group]);
         const double v = ldexp(x[i], power), whole = trunc(v);
         double expected = v < 0 ? whole - (u[i] < whole - v) : whole + (v - whole >= 1 - u[i]);
         expected = expected > qmax ? qmax : expected < -qmax ? -qmax : expected;
@@ -1013,9 +1079,11 @@ static void check_kernel(const dfp_kernel *k) {
     }
     for (int i = 0; i < 1000; i++) check_quantize();
     for (int i = 0; i < 500; i++) check_absmax();
-    for (int i = 0; i < 500; i++) check_absmax_groups();
+    for (int i = 0; i < 500; i++) check_exponents();
     for (int i = 0; i < 1000; i++) check_quantize_groups();
     for (int i = 0; i < 500; i++) check_count();
+    for (int i = 0; i < 500; i++) check_zeros();
+    for (int i = 0; i < 200; i++) check_suspect();
     for (int i = 0; i < 500; i++) check_align();
     for (int i = 0; i < 500; i++) check_align_pairs();
     for (int i = 0; i < 500; i++) check_interleave();
