@@ -40,7 +40,8 @@ def columns(benchmark: str, run: dict) -> list[Column]:
     if benchmark == "quantise":
         return [
             Column("elements", lambda row: f"{row['elements']}", 12),
-            Column("  rounding", lambda row: f"  {row['rounding']}", 14, text=True),
+            Column("in groups of", lambda row: f"{row['group']}", 14),
+            Column("  way", lambda row: f"  {row['way']}", 14, text=True),
             _ms("ms", "dfp_ms"),
             *_memory(machine),
         ]
@@ -260,7 +261,10 @@ def _times(benchmark: str, run: dict) -> dict[str, float]:
     if benchmark == "gemm":
         return {_size(row): row["dfp_ms"] for row in run["rows"]}
     if benchmark == "quantise":
-        return {f"{row['elements']} {row['rounding']}": row["dfp_ms"] for row in run["rows"]}
+        return {
+            f"{row['elements']} by {row['group']} {row['way']}": row["dfp_ms"]
+            for row in run["rows"]
+        }
     if benchmark == "pipeline":
         return {row["network"]: 1e3 / row["images_per_s"] for row in run["rows"]}
     return {row["policy"]: row["step_ms"] for row in run["rows"]}

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import math
 import mmap
 
 import numpy as np
@@ -59,6 +60,25 @@ def one_exponent_each(rng, shape, kind="apart"):
     if odd is not None and e.size:
         e.flat[rng.integers(e.size)] = odd
     return e
+
+
+def exponents_of_rows(rng, shape, which, apart):
+    """Exponents of an operand of this shape, as it is stored.
+
+    `which` have one: each "matrix", each "row", "49 rows" together; or it is that of all of them.
+    Returns them, and those of all rows.
+    """
+    *batch, rows, _ = shape
+    if isinstance(which, int):
+        return np.int32(which), np.full((1,) * len(shape), which)
+    of = {"matrix": batch, "row": (*batch, rows)}.get(which)
+    if of is None:
+        of = (math.prod(shape[:-1]) // int(which.split()[0]),)
+    e = one_exponent_each(rng, of, apart)
+    if e.size in (0, 1):
+        return e, e.reshape((1,) * len(shape) if e.size else (*batch, rows, 1))
+    each = np.repeat(e, math.prod(shape[:-1]) // e.size)
+    return e, each.reshape(*batch, rows, 1)
 
 
 def guarded(array):

@@ -108,16 +108,24 @@ def work():
     for i, line in enumerate(test_networks.CONVOLUTIONS[::12]):
         runs = [("exact" if i % 2 else "spill", isa, 4) for isa in ISAS]
         test_networks.check(networks.case(line, batch=1, most=4), runs, seed=i)
-    x = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
-    truth = {how: reference.quantize(x, rounding=how) for how in ("nearest", "stochastic")}
+    rng = np.random.default_rng(0)
+    quantized = []
+    for shape in ((300_000,), (3, 200_000), (10_001, 33), (600, 700)):
+        x, axes = rng.standard_normal(shape).astype(np.float32), len(shape) - 1
+        x.flat[: x.size // 3] *= 1e-9  # many are lost, and counted
+        for how in ("nearest", "stochastic"):
+            truth = reference.quantize(x, rounding=how, group_axes=axes)
+            quantized.append((x, dict(rounding=how, group_axes=axes), truth))
     for isa in ISAS:
         for threads in THREADS:
-            for how, (q, e) in truth.items():
-                with running(isa, threads):
-                    result = lib.dfp_quantize(x=x, exponent=[], step=[], rounding=how)
-                    back = lib.dfp_dequantize(*result, token=np.zeros(0, np.float32))
-                np.testing.assert_array_equal(result.q, q)
-                np.testing.assert_array_equal(back, reference.dequantize(q, e))
+            for number, (x, attributes, (q, e)) in enumerate(quantized):
+                for more in (dict(n_counts=1), dict(site=f"{isa} {threads} {number}")):
+                    with running(isa, threads):
+                        result = lib.dfp_quantize(x=x, exponent=[], step=[], **attributes, **more)
+                        back = lib.dfp_dequantize(*result[:2], token=np.zeros(0, np.float32))
+                    np.testing.assert_array_equal(result.q, q)
+                    np.testing.assert_array_equal(result.e, e)
+                    np.testing.assert_array_equal(back, reference.dequantize(q, e))
     # TensorFlow makes an op's kernel once and hands it from thread to thread, in an order that is
     # not seen here: it is made before there are threads.
     test_threads.products()

@@ -123,9 +123,10 @@ def rows_of(module, **settings):
 
 
 def test_quantise_rows():
-    rows = rows_of(quantise, elements=[1000, 100000], repeats=1)
-    assert [(row["elements"], row["rounding"]) for row in rows] == [
-        (n, rounding) for n in (1000, 100000) for rounding in ("nearest", "truncate", "stochastic")
+    rows = rows_of(quantise, elements=[1000, 100000], groups=[32, 1500, None], repeats=1)
+    sizes = [(992, 32), (1000, 1000), (100000, 32), (99000, 1500), (100000, 100000)]
+    assert [(row["elements"], row["group"], row["way"]) for row in rows] == [
+        (*size, way) for size in sizes for way in quantise.WAYS
     ]
     assert all(row["bytes"] == 10 * row["elements"] and row["dfp_ms"] > 0 for row in rows)
 

@@ -16,8 +16,10 @@ from kernels import (
     Case,
     Passes,
     assert_same_bits,
+    exponents_of_rows,
     guarded,
     mantissas,
+    one_exponent_each,
     running,
 )
 
@@ -104,6 +106,11 @@ def setting(rng):
     return bits, kind, choose(rng, *zip(ends, (8, 1, 1, 1, 1), strict=True))
 
 
+def apart(rng):
+    """How far exponents of groups are from each other."""
+    return choose(rng, ("near", 4), ("apart", 3), ("same", 1), ("low", 1), ("high", 1), ("nan", 1))
+
+
 def runs(i):
     """How to run case i: every instruction set, exact and spill; threads take turns."""
     for turn, (accumulation, isa) in enumerate(itertools.product(("exact", "spill"), ISAS)):
@@ -112,6 +119,13 @@ def runs(i):
 
 def check_conv(i, case, rng, against_reference=False):
     bits, kind, exponents = setting(rng)
+    ex, ew, ed = exponents
+    if rng.random() < 0.6:
+        ex, ed = (
+            one_exponent_each(rng, case.batch, apart(rng)) if rng.random() < 0.8 else e
+            for e in (ex, ed)
+        )
+        exponents = ex, ew, ed
     shapes = case.input_shape, case.kernel_shape, oracle.output_shape(case)
     x, w, dy = (mantissas(rng, s, b, kind) for s, b in zip(shapes, bits, strict=True))
     passes = Passes(case, (x, w, dy), exponents, bits)
@@ -155,20 +169,25 @@ def check_matmul(i, rng, against_reference=False):
     b = mantissas(rng, (*batch, k, n), bits[1], kind)
     ta, tb = (bool(rng.integers(2)) for _ in "ab")
     options = dict(a_bits=bits[0], b_bits=bits[1])
-    what = f"{batch} {m} {k} {n}, transposed {ta} {tb}, {bits} {kind} {ea} {eb}"
-    expected = {mode: oracle.matmul(a, b, ea + eb, bits[:2], mode) for mode in ("exact", "spill")}
+    operands, stated, those = {}, [], []
+    for name, q, t, e in (("a", a, ta, ea), ("b", b, tb, eb)):
+        q = np.swapaxes(q, -1, -2) if t else q
+        which = choose(rng, (e, 2), ("row", 2), ("matrix", 1))
+        e, of_rows = exponents_of_rows(rng, q.shape, which, apart(rng))
+        operands |= {name: guarded(q), f"{name}_exponent": e, f"{name}_token": TOKEN}
+        stated.append(np.swapaxes(of_rows, -1, -2) if t else of_rows)
+        those.append((which, e.min(), e.max()))
+    what = f"{batch} {m} {k} {n}, transposed {ta} {tb}, {bits} {kind} {those}"
+    expected = {mode: oracle.matmul(a, b, stated, bits[:2], mode) for mode in ("exact", "spill")}
     if against_reference:
         for mode, value in expected.items():
-            truth = reference.matmul(a, ea, b, eb, **options, accumulation=mode)
+            truth = reference.matmul(a, stated[0], b, stated[1], **options, accumulation=mode)
             assert_same_bits(value, truth, f"oracle, case {i}, {mode}: {what}")
-    a, b = (guarded(np.swapaxes(q, -1, -2) if t else q) for q, t in ((a, ta), (b, tb)))
     for accumulation, isa, threads in runs(i):
         with running(isa, threads, small=0):
             result = lib.dfp_matmul(
-                a=a, a_exponent=np.int32(ea), a_token=TOKEN,
-                b=b, b_exponent=np.int32(eb), b_token=TOKEN,
-                transpose_a=ta, transpose_b=tb, accumulation=accumulation, **options,
-            )  # fmt: skip
+                **operands, transpose_a=ta, transpose_b=tb, accumulation=accumulation, **options
+            )
         where = f"{accumulation}, {isa}, {threads} threads"
         assert_same_bits(result, expected[accumulation], f"case {i}, {where}: {what}")
 

@@ -5,7 +5,16 @@ import networks
 import numpy as np
 import oracle
 import pytest
-from kernels import ISAS, THREADS, TOKEN, Passes, assert_same_bits, mantissas, running
+from kernels import (
+    ISAS,
+    THREADS,
+    TOKEN,
+    Passes,
+    assert_same_bits,
+    mantissas,
+    one_exponent_each,
+    running,
+)
 
 from keras_dfp import zoo
 from keras_dfp.native import lib
@@ -22,7 +31,8 @@ def check(case, runs, seed):
     rng = np.random.default_rng(seed)
     shapes = case.input_shape, case.kernel_shape, oracle.output_shape(case)
     tensors = [mantissas(rng, shape, bits) for shape, bits in zip(shapes, BITS, strict=True)]
-    exponents = (-5, -7, 2)
+    ex, ed = (one_exponent_each(rng, case.batch, "near") for _ in "xd")
+    exponents = ex, -7, ed
     passes = Passes(case, tensors, exponents, BITS)
     expected = {mode: oracle.conv_passes(case, *tensors, exponents, BITS, mode) for mode in MODES}
     for mode, isa, threads in runs:
@@ -39,7 +49,7 @@ def test_convolutions_in_small(i):
         (mode, isa, THREADS[(i + turn) % len(THREADS)])
         for turn, (mode, isa) in enumerate((mode, isa) for mode in MODES for isa in ISAS)
     ]
-    check(networks.case(CONVOLUTIONS[i], batch=1, most=4), runs, seed=i)
+    check(networks.case(CONVOLUTIONS[i], batch=2, most=3), runs, seed=i)
 
 
 @pytest.mark.slow
@@ -55,16 +65,25 @@ def check_dense(line, runs, batch, most=None):
     units = min(units, most or units)
     rng = np.random.default_rng(inputs)
     x, w, dy = (mantissas(rng, s, 14) for s in [(batch, inputs), (inputs, units), (batch, units)])
+    ex, ed = (one_exponent_each(rng, batch, "near") for _ in "xd")
+    x, w, dy = (x, ex), (w, np.int32(-5)), (dy, ed)
     # y = x w, dx = dy w^T, dw = x^T dy
-    for a, b, ta, tb in [(x, w, False, False), (dy, w, False, True), (x, dy, True, False)]:
+    for (a, ea), (b, eb), ta, tb in [
+        (x, w, False, False),
+        (dy, w, False, True),
+        (x, dy, True, False),
+    ]:
         left, right = a.T if ta else a, b.T if tb else b
+        exponents = (
+            ea[np.newaxis] if ta else ea[:, np.newaxis],
+            eb[:, np.newaxis] if eb.ndim else eb,
+        )
         for mode in MODES:
-            truth = oracle.matmul(left, right, -9, (14, 14), mode)
+            truth = oracle.matmul(left, right, exponents, (14, 14), mode)
             for isa, threads in [(isa, t) for m, isa, t in runs if m == mode]:
                 with running(isa, threads, small=0):
                     result = lib.dfp_matmul(
-                        a=a, a_exponent=np.int32(-4), a_token=TOKEN,
-                        b=b, b_exponent=np.int32(-5), b_token=TOKEN,
+                        a=a, a_exponent=ea, a_token=TOKEN, b=b, b_exponent=eb, b_token=TOKEN,
                         transpose_a=ta, transpose_b=tb, accumulation=mode,
                     )  # fmt: skip
                 assert_same_bits(result, truth, f"{line}, {mode}, {isa}, {threads} threads")

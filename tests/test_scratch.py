@@ -42,7 +42,9 @@ def bounds(case, threads, bits, accumulation):
     if case.depthwise:
         spread = [math.prod(case.input_shape) * case.filters, math.prod(y)]
         copies = [spread[0], spread[1] + math.prod(case.kernel_shape), spread[0]]
-        return [2 * (case.filters > 1) * n + threads * 3 * MB + MB for n in copies]
+        copies = [2 * (case.filters > 1) * n + threads * 3 * MB + MB for n in copies]
+        copies[2] += 2 * math.prod(y)  # dy, aligned
+        return copies
     taps, groups = math.prod(case.kernel), case.groups
     channels, filters = case.channels // groups, case.filters // groups
     forward = taps, channels, filters, (x_bits, w_bits)
@@ -56,7 +58,9 @@ def bounds(case, threads, bits, accumulation):
 
 def check(case, accumulation, threads, bits=(14, 14, 14)):
     shapes = case.input_shape, case.kernel_shape, oracle.output_shape(case)
-    passes = Passes(case, [np.zeros(shape, np.int16) for shape in shapes], (0, 0, 0), bits)
+    # Each image has its own: a weight gradient aligns dy.
+    exponents = np.arange(case.batch), 0, np.arange(case.batch)
+    passes = Passes(case, [np.zeros(shape, np.int16) for shape in shapes], exponents, bits)
     extension.most_scratch()
     taken = [extension.most_scratch() for _ in passes.one_by_one(accumulation)]
     most = bounds(case, threads, bits, accumulation)
@@ -118,20 +122,35 @@ def test_odd_shapes(isa, name):
 def test_matmul(isa, shape):
     m, k, n = shape
     a, b = np.zeros((m, k), np.int16), np.zeros((k, n), np.int16)
-    for bits in (8, 9, 14, 16):
+    for bits in (8, 9, 13, 14, 16):
         for accumulation in ("exact", "spill"):
             for ta, tb in [(False, False), (True, False), (False, True)]:
+                rows = np.int32(0), np.arange(k if ta else m, dtype=np.int32) % 40
                 with running(isa, 4, small=0):
                     extension.most_scratch()
+                    # Aligned along K, scaled by row, or neither.
                     lib.dfp_matmul(
-                        a=a.T if ta else a, a_exponent=np.int32(0), a_token=TOKEN,
+                        a=a.T if ta else a, a_exponent=rows[bits % 2], a_token=TOKEN,
                         b=b.T if tb else b, b_exponent=np.int32(0), b_token=TOKEN,
                         a_bits=bits, b_bits=bits, accumulation=accumulation,
                         transpose_a=ta, transpose_b=tb,
                     )  # fmt: skip
                     taken = extension.most_scratch()
                 most = bound_of_product(1, k, n, 1, 4, (bits, bits), accumulation)
+                most = max(most, 4 * 64 + k)  # of exponents along K
                 assert 0 < taken <= most, (isa, shape, bits, accumulation, ta, tb)
+
+
+def test_quantize():
+    """Only counts of groups that are taken in pieces need any."""
+    for shape in ((600_000,), (3, 600_000), (3000, 70), (2, 9)):
+        x = np.ones(shape, np.float32)
+        for attributes in ({}, dict(n_counts=1), dict(site="a site")):
+            extension.most_scratch()
+            axes = len(shape) - 1
+            lib.dfp_quantize(x=x, exponent=[], step=[], group_axes=axes, **attributes)
+            groups = math.prod(shape[:axes]) if attributes else 0
+            assert extension.most_scratch() <= 24 * groups
 
 
 def test_statistics():

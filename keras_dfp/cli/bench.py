@@ -243,17 +243,29 @@ def gemm(sizes, against, isa, threads, repeats, json_path, plot_path) -> None:
     multiple=True,
     help="May be given several times.  [default: 64 Ki to 64 Mi]",
 )
+@click.option(
+    "--group",
+    "groups",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Elements that share an exponent; may be given several times.  [default: 10, 1 KB, 64 KB, "
+    "3 MB, all]",
+)
 @_machine
 @_repeats(7)
 @_json
-def quantise(elements, isa, threads, repeats, json_path) -> None:
+def quantise(elements, groups, isa, threads, repeats, json_path) -> None:
     """Time quantising: bytes read and written per second, as a share of a copy's.
 
     \b
     Example:
       keras-dfp bench quantise --threads 1,2
     """
-    settings = {"elements": list(elements or quantise_benchmark.ELEMENTS), "repeats": repeats}
+    settings = {
+        "elements": list(elements or quantise_benchmark.ELEMENTS),
+        "groups": list(groups or quantise_benchmark.GROUPS),
+        "repeats": repeats,
+    }
     _run("quantise", [settings], isa=isa, threads=threads, json_path=json_path)
 
 
