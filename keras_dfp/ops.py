@@ -26,7 +26,7 @@ import tensorflow as tf
 from keras_dfp import contraction
 from keras_dfp.convolution import Convolution, channels_last
 from keras_dfp.number import DFPFormat
-from keras_dfp.operand import Operand, loop_scope, operand
+from keras_dfp.operand import Operand, loop_step, operand
 from keras_dfp.product import as_float32
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
     "dot_product_attention",
     "einsum",
     "format_scope",
-    "loop_scope",
+    "loop_step",
     "matmul",
     "operand",
     "separable_conv",

@@ -385,20 +385,6 @@ def test_a_remat_function_of_the_user_recomputes_under_the_same_policy():
     assert [p.decision.format for p in recomputed if p.layer is layer] == [DFPFormat()]
 
 
-def test_recurrent_kernels_are_quantised_once_before_the_loop():
-    layer = layers.LSTM(3, dtype="dfp16")
-    layer.build((None, 8, 4))
-    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((2, 8, 4))).graph
-    (loop,) = [op for op in graph.get_operations() if op.type in ("While", "StatelessWhile")]
-    library = {f.signature.name: f for f in graph.as_graph_def().library.function}
-    nodes = [node.op for node in library[loop.get_attr("body").name].node_def]
-    # The inputs and the state change from step to step, the two kernels do not.
-    assert nodes.count("DfpMatmul") == 2
-    assert nodes.count("DfpQuantize") == 2
-    quantised = [op.inputs[0] for op in graph.get_operations() if op.type == "DfpQuantize"]
-    assert [x.op.type for x in quantised].count("ReadVariableOp") == 2
-
-
 @pytest.mark.parametrize("steps", [1, 4])
 def test_steps_per_execution(steps):
     def weights(steps):
