@@ -17,6 +17,7 @@ layer with another policy computes exactly what it computes without the plugin.
     registry.py    the one list of what is replaced; install, uninstall
     calling.py     who is calling, and what its policy decides
     products.py    the dispatchers: convolutions, matmul, einsum, attention
+    attention.py   what masks hide does not decide exponents
     rnn.py         constants of a recurrent loop are quantised before it
     remat.py       recomputed layers keep their policy
     jit.py         no XLA for layers on integers
@@ -27,6 +28,7 @@ To do one more thing differently, decorate `make(original) -> replacement` with
 that concern policies.
 """
 
+from keras_dfp.backend import attention as attention
 from keras_dfp.backend import jit as jit
 from keras_dfp.backend import products as products
 from keras_dfp.backend import remat as remat
