@@ -1,8 +1,8 @@
 """From float32 to int16 and exponents, against the speed of the memory.
 
 A group is read for its largest value and read again while its mantissas are written: 4 + 4 + 2
-bytes an element, of which the second 4 may come from a cache. `counts` also counts what became zero and
-what was clamped; `watch` looks for groups that lost half of themselves, as layers do.
+bytes an element, of which the second 4 may come from a cache. `counts` also counts what became zero
+and what was clamped; `watch` looks for groups that lost half of themselves, as layers do.
 """
 
 from __future__ import annotations

@@ -1,22 +1,31 @@
-"""How a float32 tensor becomes the operand of a native op: once, wherever it is used.
+"""How a float32 tensor becomes the operand of a native op: in a graph once, wherever it is used.
 
-The mantissas and the exponents are remembered on the tensor they came from, so that all its
-consumers share them. They are computed in the graph the tensor belongs to, and the graphs of
-loops, branches and functions inside it capture them. A token, which only exists to carry a
-gradient, is made anew for every consumer: it has to be in the consumer's own graph (TensorFlow
-cannot carry it across), and under the gradient tape that is recording then.
+The mantissas and the exponents are remembered on the tensor of the graph that they came from, so
+that all its consumers share them. They are computed in the graph the tensor belongs to, and the
+graphs of loops and branches inside it capture them. A function does not: it is traced once and
+called from many graphs. Eagerly nothing is remembered, or the mantissas would live, and the noise
+of stochastic rounding would stay the same, as long as the tensor does. A token, which only exists
+to carry a gradient, is made anew for every consumer: it has to be in the consumer's own graph
+(TensorFlow cannot carry it across), and under the gradient tape that is recording then.
 
 A variable is read and quantised where it is used, because its value may change between two uses;
-`loop_scope` promises that it does not.
+in the steps of a loop (`loop_step`) once, unless they assign to it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework.auto_control_deps_utils import get_read_write_resource_inputs
+from tensorflow.python.ops.control_flow_v2_func_graphs import (
+    CondBranchFuncGraph,
+    ControlFlowFuncGraph,
+)
 
 from keras_dfp import native
 from keras_dfp.native import Operand
@@ -62,24 +71,73 @@ def operand(
     return Operand(q, exponent, native.lib.dfp_token(x=value, perm=list(perm)))
 
 
-@contextlib.contextmanager
-def loop_scope() -> Iterator[None]:
-    """Declares that no variable changes until the scope ends: around the loop of an RNN, say.
+def loop_step(step: Callable) -> Callable:
+    """Wraps the step of a loop, so that what the loop does not change is quantised once, before it.
 
-    A variable used inside is quantised once, in the graph in which the scope was entered.
+    That holds for every variable that the step multiplies until something in it assigns to it;
+    from then on the variable is quantised wherever it is read. To be found in time, an assignment
+    in a `tf.while_loop` must have been seen: the step has to be called once before the loop, as
+    Keras does to see what comes out of it, and what it has not multiplied then is not shared.
+
+    Args:
+        step: A function that is called for every step, or once while its loop is traced.
+
+    Returns:
+        A function with the same arguments and results, for one loop in the current graph.
     """
-    previous = getattr(_local, "loop", None)
-    _local.loop = _Loop(_current_graph())
-    try:
-        yield
-    finally:
-        _local.loop = previous
+    loop = _Loop(_current_graph())
+
+    @functools.wraps(step)
+    def wrapped(*args, **kwargs):
+        previous = getattr(_local, "loop", None)
+        _local.loop = loop
+        loop.step_graph = _current_graph()
+        try:
+            return step(*args, **kwargs)
+        finally:
+            _local.loop = previous
+
+    return wrapped
 
 
 class _Loop:
+    """What was quantised before a loop, and whether that still holds."""
+
     def __init__(self, graph):
-        self.graph = graph
+        self.graph = self.step_graph = graph
         self.quantized = {}
+        self._before = set() if graph is None else set(graph.get_operations())
+        self._first_values = {}
+
+    def keeps(self, variable, value) -> bool:
+        """Tells whether all steps can share what `variable`, now read as `value`, becomes."""
+        graph = _current_graph()
+        if graph is None is self.graph:
+            # An assignment never writes into memory that somebody holds.
+            first = self._first_values.setdefault(variable.ref(), value)
+            return _address(first) == _address(value)
+        if not _encloses(self.step_graph, CondBranchFuncGraph) or not _encloses(self.graph):
+            return False
+        if self.step_graph is not self.graph and variable.ref() not in self.quantized:
+            return False
+        while not self._assigns(graph, variable.handle):
+            if graph is self.graph:
+                return True
+            graph = graph.outer_graph
+        return False
+
+    def _assigns(self, graph, handle) -> bool:
+        """Tells whether what the steps have put into a graph so far writes to a variable."""
+        if isinstance(graph, tf.__internal__.FuncGraph):
+            handle = graph.capture(handle)
+        return any(
+            op not in self._before and handle in get_read_write_resource_inputs(op)[1]
+            for op in handle.consumers()
+        )
+
+
+def _address(tensor) -> int:
+    return np.asarray(memoryview(tensor)).ctypes.data
 
 
 @contextlib.contextmanager
@@ -108,13 +166,15 @@ def _quantized(x, value, bits, rounding, tensor_id, group_axes):
     name, tensor_ids = getattr(_local, "site", ("", ()))
     how = bits, rounding, tensor_id, group_axes, name if tensor_id in tensor_ids else ""
     loop = getattr(_local, "loop", None)
-    if isinstance(x, tf.Variable) and loop is not None and _encloses(loop.graph):
-        known, key, graph = loop.quantized, (x.ref(), bits, rounding), loop.graph
-    elif _encloses(graph := getattr(value, "graph", None)):
-        known, key = value.__dict__.setdefault("_dfp_operands", {}), (bits, rounding, group_axes)
+    graph = getattr(value, "graph", None)
+    key = (bits, rounding, group_axes)
+    if isinstance(x, tf.Variable) and loop is not None and loop.keeps(x, value):
+        known, graph = loop.quantized.setdefault(x.ref(), {}), loop.graph
+    elif graph is not None and _encloses(graph):
+        known = value.__dict__.setdefault("_dfp_operands", {})
     else:
-        # The tensor is of a graph that this one does not lie in (a loop's gradient reads tensors
-        # of the loop's body), or eager while this is a graph: TensorFlow captures it here.
+        # The tensor is eager, or of a graph that this one does not lie in (a loop's gradient
+        # reads tensors of the loop's body).
         return native.quantize(value, *how)
     if key not in known:
         with contextlib.nullcontext() if graph is None else graph.as_default():
@@ -128,11 +188,9 @@ def _current_graph():
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
-def _encloses(graph) -> bool:
-    """Tells whether `graph` is the current one or one that the current one may capture from."""
+def _encloses(graph, kind=ControlFlowFuncGraph) -> bool:
+    """Tells whether `graph` is the current one, or the current one lies in its loops, branches."""
     current = _current_graph()
-    if graph is None or current is None:
-        return graph is current
-    while current is not None and current is not graph:
-        current = getattr(current, "outer_graph", None)
+    while current is not graph and isinstance(current, kind):
+        current = current.outer_graph
     return current is graph

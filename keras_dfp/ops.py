@@ -24,10 +24,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dfp import contraction
+from keras_dfp.attention import Seen
 from keras_dfp.convolution import Convolution, channels_last
 from keras_dfp.number import DFPFormat
-from keras_dfp.operand import Operand, loop_scope, operand, site_scope, watch_only
-from keras_dfp.product import as_float32
+from keras_dfp.operand import Operand, loop_step, operand, site_scope, watch_only
+from keras_dfp.product import as_float32, sizes
 
 __all__ = [
     "Operand",
@@ -39,7 +40,7 @@ __all__ = [
     "dot_product_attention",
     "einsum",
     "format_scope",
-    "loop_scope",
+    "loop_step",
     "matmul",
     "operand",
     "separable_conv",
@@ -416,7 +417,8 @@ def dot_product_attention(
         key: float32 tensor `(B, S, K, H)`; K is N, 1, or divides N.
         value: float32 tensor of the shape of `key`.
         bias: Added to the logits; broadcastable to `(B, N, T, S)`.
-        mask: Boolean, True where an element takes part; broadcastable to `(B, N, T, S)`.
+        mask: Boolean, True where an element takes part; broadcastable to `(B, N, T, S)`. What no
+            query sees, whatever it holds, does not touch the rounding of the rest.
         scale: Factor of the logits; None for `1 / sqrt(H)`.
         is_causal: Whether to mask what comes after the query's position.
         flash_attention: Must be None or False, as in Keras's TensorFlow backend.
@@ -457,24 +459,34 @@ def dot_product_attention(
     if one_head:
         key, value = tf.squeeze(key, 2), tf.squeeze(value, 2)
 
+    seen, whole = None, value
+    if mask is not None or is_causal:
+        seen = Seen(_visible(query, key, mask, is_causal), "bnts")
+    if mask is not None:
+        query, key, value = (
+            seen.hide(x, labels) for x, labels in ((query, "btnh"), (key, keys), (value, keys))
+        )
     logits = einsum(f"btnh,{keys}->bnts", query, key)
     if scale is None:
         scale = 1.0 / tf.sqrt(tf.cast(tf.shape(query)[-1], tf.float32))
     logits *= tf.cast(scale, tf.float32)
     if bias is not None:
         logits += tf.cast(bias, tf.float32)
-    if mask is not None or is_causal:
-        logits = _masked(logits, mask, is_causal)
+    if seen is not None:
+        # Keras's own value: far below any logit, and far from the largest float32.
+        logits = tf.where(seen.mask, logits, -0.7 * 3.38953e38)
     # Weights near zero are meant to be: only the values are looked at.
     with watch_only(1):
-        return einsum(f"bnts,{keys}->btnh", tf.nn.softmax(logits), value)
+        y = einsum(f"bnts,{keys}->btnh", tf.nn.softmax(logits), value)
+    return y if mask is None else seen.or_mean(y, "btnh", whole, keys)
 
 
-def _masked(logits, mask, is_causal):
-    seen = tf.ones_like(logits, tf.bool)
+def _visible(query, key, mask, is_causal):
+    """Returns the mask of what queries see, broadcastable to the logits."""
+    visible = []
     if mask is not None:
-        seen = tf.logical_and(seen, tf.cast(mask, tf.bool))
+        visible.append(tf.cast(mask, tf.bool))
     if is_causal:
-        seen = tf.linalg.band_part(seen, -1, 0)
-    # Keras's own value: far below any logit, and far from the largest float32.
-    return tf.where(seen, logits, -0.7 * 3.38953e38)
+        ones = tf.ones([sizes(query)[1], sizes(key)[1]], tf.bool)
+        visible.append(tf.linalg.band_part(ones, -1, 0))
+    return functools.reduce(tf.logical_and, visible)

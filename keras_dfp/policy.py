@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
+import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import keras
 from keras import dtype_policies
 from keras.src import dtype_policies as keras_policies
 from keras.src import models
+from keras.src.backend.common import global_state
 from keras.src.models import functional
 
 from keras_dfp import backend, ops
@@ -255,10 +258,10 @@ def set_policy(policy: str | dtype_policies.DTypePolicy) -> None:
     """Sets the policy of the layers that are created from now on.
 
     The same as `keras.config.set_dtype_policy(policy)`. As with every Keras dtype policy:
-    `keras.utils.clear_session()` resets it to float32; threads have their own; layers that exist
-    already, or are loaded from a file, keep theirs (`set_model_policy` changes those). A
-    subclassed model that does not save its layers' dtypes gets the policy that is set when it is
-    loaded.
+    `keras.utils.clear_session()` resets it to float32, with a warning if it was a DFPPolicy;
+    threads have their own; layers that exist already, or are loaded from a file, keep theirs
+    (`set_model_policy` changes those). A subclassed model that does not save its layers' dtypes
+    gets the policy that is set when it is loaded.
 
     Args:
         policy: A `DFPPolicy`, its name (`"dfp16"`, `"dfp16_paper"`), or any policy of Keras
@@ -316,6 +319,29 @@ def _new_by_name(original):
         return object.__new__(cls)
 
     return staticmethod(new)
+
+
+@replaces(global_state, "threading")
+def _warn_when_the_policy_is_dropped(original):
+    """Lets `clear_session` say that it drops a DFPPolicy: what follows would run in float32.
+
+    Everybody has a name of their own for that function; what it does first, and nothing else in its
+    module does, is to make new thread-local state.
+    """
+
+    def local():
+        # Not `dtype_policy()`, which sets a policy where there is none.
+        policy = global_state.get_global_attribute("dtype_policy")
+        if isinstance(policy, DFPPolicy):
+            warnings.warn(
+                f"keras_dfp: clear_session() drops the global policy {policy}; layers made from "
+                "now on are float32. Call keras_dfp.set_policy again after it, or make them under "
+                "keras_dfp.policy_scope or with dtype=.",
+                stacklevel=3,
+            )
+        return original.local()
+
+    return types.SimpleNamespace(**{**vars(original), "local": local})
 
 
 @replaces(keras.layers.Layer, "dtype_policy")

@@ -8,7 +8,9 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import dtype_policies, layers
+from keras.src.backend.common import global_state
 
 import keras_dfp
 from keras_dfp import DFPFormat, DFPPolicy
@@ -91,10 +93,45 @@ def test_set_policy_and_policy_scope():
     assert layers.Dense(1).dtype_policy == keras.DTypePolicy("float32")
 
 
-def test_clear_session_resets_the_global_policy():
-    keras_dfp.set_policy("dfp16")
-    keras.backend.clear_session()
-    assert keras.config.dtype_policy() == keras.DTypePolicy("float32")
+CLEAR_SESSION = {
+    "keras.utils": keras.utils.clear_session,
+    "keras.backend": keras.backend.clear_session,
+    "tf.keras": tf.keras.backend.clear_session,
+}
+
+
+@pytest.mark.parametrize("clear_session", CLEAR_SESSION.values(), ids=CLEAR_SESSION)
+def test_clear_session_drops_the_global_policy_and_says_so(clear_session):
+    for _ in range(2):
+        keras_dfp.set_policy(DFPPolicy(mantissa_bits=12))
+        with pytest.warns(
+            UserWarning, match=r"^keras_dfp: .*mantissa_bits=12.*set_policy"
+        ) as caught:
+            clear_session()
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert keras.config.dtype_policy() == keras.DTypePolicy("float32")
+
+
+@pytest.mark.parametrize("policy", [None, "float32", "mixed_bfloat16"])
+def test_clear_session_is_as_ever_under_other_policies(policy):
+    if policy is not None:
+        keras.config.set_dtype_policy(policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras.utils.clear_session()
+        keras.utils.clear_session(free_memory=False)
+    assert global_state.get_global_attribute("dtype_policy") is None
+    assert layers.Dense(1).name == "dense"
+
+
+def test_clear_session_says_nothing_of_layers_that_keep_their_policy():
+    layer = layers.Dense(1, dtype="dfp16")
+    with keras_dfp.policy_scope("dfp16"):
+        layers.Dense(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras.utils.clear_session()
+    assert layer.dtype_policy.name == "dfp16"
 
 
 def test_variables_and_activations_are_float32():

@@ -19,6 +19,7 @@ layer with another policy computes exactly what it computes without the plugin.
     calling.py     who is calling, and what its policy decides
     inputs.py      what a model was last called with
     products.py    the dispatchers: convolutions, matmul, einsum, attention
+    attention.py   what masks hide does not decide exponents
     rnn.py         constants of a recurrent loop are quantised before it
     remat.py       recomputation and custom gradients keep their policy
     losses.py      a warning where an operand loses much of itself
@@ -30,6 +31,7 @@ To do one more thing differently, decorate `make(original) -> replacement` with
 that concern policies.
 """
 
+from keras_dfp.backend import attention as attention
 from keras_dfp.backend import inputs as inputs
 from keras_dfp.backend import jit as jit
 from keras_dfp.backend import products as products

@@ -19,7 +19,8 @@ class Replacement:
         name: The attribute's name.
         make: Takes the original and returns what stands in its place.
         parameters: The parameter names the original must have for the replacement to be right,
-            `"*"` standing for any name; `None` if only its presence matters.
+            `"*"` standing for any name and a last `"..."` for any further ones; `None` if only its
+            presence matters.
     """
 
     owner: Any
@@ -38,9 +39,12 @@ class Replacement:
         if self.parameters is None:
             return
         found = tuple(inspect.signature(original).parameters)
-        if len(found) != len(self.parameters) or any(
-            expected not in ("*", name)
-            for expected, name in zip(self.parameters, found, strict=True)
+        expected, compared = self.parameters, found
+        if expected[-1:] == ("...",):
+            expected = expected[:-1]
+            compared = found[: len(expected)]
+        if len(compared) != len(expected) or any(
+            wanted not in ("*", name) for wanted, name in zip(expected, compared, strict=True)
         ):
             raise self._unknown_keras(
                 f"its parameters are ({', '.join(found)}), not ({', '.join(self.parameters)})"

@@ -2,6 +2,7 @@
 
 import functools
 
+import tensorflow as tf
 from keras.src import backend as keras_backend
 
 from keras_dfp import ops
@@ -11,8 +12,26 @@ from keras_dfp.backend.registry import replaces
 @replaces(keras_backend, "rnn")
 def _rnn(original):
     @functools.wraps(original)
-    def rnn(*args, **kwargs):
-        with ops.loop_scope():
-            return original(*args, **kwargs)
+    def rnn(step_function, *args, **kwargs):
+        @ops.loop_step
+        @functools.wraps(step_function)
+        def step(inputs, states):
+            output, new_states = step_function(inputs, states)
+            if not tf.executing_eagerly():
+                _keep_shapes(states, new_states)
+            return output, new_states
+
+        return original(step, *args, **kwargs)
 
     return rnn
+
+
+def _keep_shapes(states, new_states):
+    """Tells TensorFlow that a state keeps its shape, which its loop insists on.
+
+    Called with sizes it was not traced for, a `tf.function` has its shapes inferred anew by
+    TensorFlow, but not past a native op: C shape functions do not see attributes.
+    """
+    for state, new in zip(tf.nest.flatten(states), tf.nest.flatten(new_states), strict=False):
+        if isinstance(new, tf.Tensor) and new.shape.is_compatible_with(state.shape):
+            new.set_shape(state.shape)
