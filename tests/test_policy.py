@@ -21,6 +21,7 @@ EVERY_OPTION = {
     "rounding": "stochastic",
     "accumulation": "spill",
     "products": ["forward", "weight_gradient"],
+    "exponents": "tensor",
     "scope": "all",
     "exclude": ["stem*", "head"],
     "overrides": {
@@ -147,7 +148,11 @@ def test_variables_and_activations_are_float32():
 
 def test_defaults():
     assert DFPPolicy().format == DFPFormat(14, "nearest", "exact")
-    assert DFPPolicy("dfp16_paper").format == DFPFormat(14, "nearest", "spill")
+    assert DFPPolicy().format.exponents == "sample"
+    paper = DFPFormat(14, "nearest", "spill", exponents="tensor")
+    assert DFPPolicy("dfp16_paper").format == paper
+    # The recipe of a paper has no choice.
+    assert DFPPolicy("dfp16_paper", accumulation="exact", exponents="sample").format == paper
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,9 @@ def test_defaults():
         ({"mantissa_bits": 12.0}, "from 8 to 16; got 12.0"),
         ({"rounding": "up"}, "'nearest', 'truncate', 'stochastic'; got 'up'"),
         ({"accumulation": "fast"}, "'exact', 'spill'; got 'fast'"),
+        ({"exponents": "row"}, "exponents must be one of 'sample', 'tensor'; got 'row'"),
+        ({"exponents": None}, "'sample', 'tensor'; got None"),
+        ({"overrides": {"head": {"exponents": "batch"}}}, "'sample', 'tensor'; got 'batch'"),
         ({"products": "forward"}, "got the string 'forward'"),
         ({"products": ["backward"]}, "'input_gradient', 'weight_gradient'; got 'backward'"),
         ({"products": []}, "at least one"),
@@ -197,6 +205,15 @@ def test_a_config_from_before_there_was_a_scope():
     assert DFPPolicy(scope="weights") == DFPPolicy()
 
 
+@pytest.mark.parametrize("name", ["dfp16", "dfp16_paper"])
+def test_configs_from_before_an_option_get_its_default(name):
+    policy = DFPPolicy(name, overrides={"head": {"mantissa_bits": 16}})
+    config = policy.get_config()
+    for options in (config, config["overrides"]["head"]):
+        assert options.pop("exponents") == ("sample" if name == "dfp16" else "tensor")
+    assert DFPPolicy.from_config(config) == policy
+
+
 @pytest.mark.parametrize("option", EVERY_OPTION)
 def test_equality_sees_every_option(option):
     policy = DFPPolicy(**{option: EVERY_OPTION[option]})
@@ -204,6 +221,12 @@ def test_equality_sees_every_option(option):
     assert policy == DFPPolicy(**{option: EVERY_OPTION[option]})
     assert hash(policy) == hash(DFPPolicy(**{option: EVERY_OPTION[option]}))
     assert option in repr(policy)
+
+
+def test_repr_shows_what_was_chosen():
+    assert repr(DFPPolicy()) == "DFPPolicy('dfp16')"
+    assert repr(DFPPolicy(exponents="tensor")) == "DFPPolicy('dfp16', exponents='tensor')"
+    assert repr(DFPPolicy("dfp16_paper")) == "DFPPolicy('dfp16_paper')"
 
 
 def test_equality_with_other_policies():
@@ -249,6 +272,24 @@ def test_overrides():
         "hidden": None,
         "head": DFPFormat(16, "truncate"),
     }
+
+
+@pytest.mark.filterwarnings("ignore:keras_dfp")
+def test_an_override_changes_the_exponents_of_one_layer():
+    policy = DFPPolicy(overrides={"body": {"exponents": "tensor"}})
+    model = small_cnn(dtype=policy)
+    assert {name: fmt.exponents for name, fmt in formats(model).items()} == {
+        "stem": "sample",
+        "body": "tensor",
+        "hidden": "sample",
+        "head": "sample",
+    }
+    # A bright image beside the others takes their details from `body` alone.
+    x = images()
+    bright = np.concatenate([x, 1e4 * x[:1]])
+    stem, body = (keras.Model(model.input, model.get_layer(n).output) for n in ("stem", "body"))
+    np.testing.assert_array_equal(stem(bright)[:4], stem(x))
+    assert not np.array_equal(body(bright)[:4], body(x))
 
 
 def test_patterns_that_match_nothing_are_reported():
