@@ -35,8 +35,9 @@ class Audit:
 
             - `path`, `layer` (the class), `operation`, `format` (a `DFPFormat`);
             - `output`, `input_gradient`, `weight_gradient`: the relative error (the norm of the
-              difference over the norm) of what this product gives, against float32 from the same
-              numbers; None where there is none;
+              difference over the norm; of output and input gradient that of each sample, of which
+              this is the mean) of what this product gives, against float32 from the same numbers;
+              None where there is none;
             - `output_all`, `weight_gradient_all`: the same against a model that runs in float32
               from the first layer to the last, so with what the other layers have added;
             - `lost`: of the operands `"x"`, `"w"` and `"dy"`, the share of nonzero values that
@@ -212,25 +213,35 @@ def _projection(outputs) -> tf.Tensor:
 
 
 class _Error:
-    """The relative error of tensors taken together."""
+    """The relative error of tensors taken together: of each sample, and of those the mean.
+
+    A loud sample would hide what becomes of the others in a norm of all.
+    """
 
     def __init__(self):
-        self.difference, self.size, self.any = 0.0, 0.0, False
+        # Squared norms of differences and of the truth, by the number of samples.
+        self.sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def add(self, ours, truth) -> None:
+    def add(self, ours, truth, samples: bool = True) -> None:
         if ours is None or truth is None:
             return
-        ours, truth = (tf.cast(tf.convert_to_tensor(t), tf.float64) for t in (ours, truth))
-        self.any = True
-        self.difference += float(tf.reduce_sum((ours - truth) ** 2))
-        self.size += float(tf.reduce_sum(truth**2))
+        ours, truth = (np.asarray(tf.convert_to_tensor(t), np.float64) for t in (ours, truth))
+        count = len(ours) if samples and ours.ndim else 1
+        difference, size = (((a**2).reshape(count, -1)).sum(1) for a in (ours - truth, truth))
+        before = self.sums.get(count, (0.0, 0.0))
+        self.sums[count] = before[0] + difference, before[1] + size
 
     def result(self) -> float | None:
-        if not self.any:
+        if not self.sums:
             return None
-        if self.size == 0:
-            return 0.0 if self.difference == 0 else float("inf")
-        return (self.difference / self.size) ** 0.5
+        difference, size = (
+            np.concatenate(parts) for parts in zip(*self.sums.values(), strict=True)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            errors = np.sqrt(difference / size)
+        # Where nothing was expected, nothing is no error.
+        errors = errors[(size > 0) | (difference > 0)]
+        return float(errors.mean()) if errors.size else 0.0
 
 
 class _Row:
@@ -251,7 +262,8 @@ class _Row:
         stock, stock_gradients = _gradients(call.stock, operands, call.gradient)
         self.errors["output"].add(ours, stock)
         for weight, g, truth in zip(is_weight, our_gradients, stock_gradients, strict=True):
-            self.errors["weight_gradient" if weight else "input_gradient"].add(g, truth)
+            name = "weight_gradient" if weight else "input_gradient"
+            self.errors[name].add(g, truth, samples=not weight)
         names = "x", "w", "dy"
         for name, found in zip(names, lost.values(), strict=True):
             total = self.losses[name]
@@ -264,7 +276,7 @@ class _Row:
 
     def add_weights(self, ours: dict, truth: dict) -> None:
         for key in self.weights:
-            self.errors["weight_gradient_all"].add(ours.get(key), truth.get(key))
+            self.errors["weight_gradient_all"].add(ours.get(key), truth.get(key), samples=False)
 
     def result(self) -> dict[str, Any]:
         layer, fmt = self.call.layer, self.call.format

@@ -120,7 +120,7 @@ def _prepare(name: str, policy: str | None, data: str | None, batch_size: int, p
         recipe_images, normalize, source = _of_any_model(model, data, pixels)
         return model, _batch(source, recipe_images, normalize, batch_size)[0], None
     images, labels = _batch(source, recipe_images, normalize, batch_size)
-    first = keras.Model(model.inputs, keras.tree.flatten(model.output)[0], dtype=model.dtype_policy)
+    first = keras.Model(model.inputs, model.outputs[0], dtype=model.dtype_policy)
     first.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return first, images, labels
 
