@@ -124,6 +124,7 @@ class Audit:
             shares = [100 * (row["lost"][name] or 0) for row in rows]
             lost.barh(where + 0.27 * (1 - number), shares, 0.25, color=f"C{number + 3}", label=name)
         lost.set(xlabel="% of nonzero values", title="Became zero", xlim=(0, None))
+        lost.locator_params(axis="x", nbins=4)
         figure.legend(loc="outside lower center", ncols=4)
         with written_whole(Path(path)) as temporary:
             figure.savefig(temporary, dpi=120, format=Path(path).suffix[1:] or "png")

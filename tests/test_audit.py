@@ -188,7 +188,7 @@ def test_command_of_the_zoo(tmp_path):
     )
     assert "conv" in output and "Loss: " in output
     content = json.loads((tmp_path / "a.json").read_text())
-    assert len(content["rows"]) == 4 and content["rows"][0]["format"]["mantissa_bits"] == 14
+    assert len(content["rows"]) == 5 and content["rows"][0]["format"]["mantissa_bits"] == 14
     assert (tmp_path / "a.png").exists()
 
 
