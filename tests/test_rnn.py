@@ -319,7 +319,12 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", FUNCTIONS)
+SLOW = ("stacked", "Bidirectional", "LSTM", "nested")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in FUNCTIONS]
+)
 def test_a_cell_with_a_function_runs_in_every_trace(kind):
     x, mask = normal(12, 5, 6), np.arange(5) < np.arange(1, 13)[:, None] % 6
     y = x[:, 0, :1]
