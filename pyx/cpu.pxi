@@ -85,6 +85,8 @@ cdef extern from "microkernels/table.h" nogil:
         int64_t (*zeros)(const int16_t*, int64_t) noexcept nogil
         bint (*suspect)(const float*, const int16_t*, int64_t) noexcept nogil
         void (*align)(const int16_t*, int64_t, int, int16_t*) noexcept nogil
+        void (*align_rows)(const int16_t**, int64_t, int64_t, const int*, int16_t*,
+                           const int16_t**) noexcept nogil
         void (*align_pairs)(int16_t*, int64_t, int, int) noexcept nogil
         void (*interleave)(const int16_t*, const int16_t*, int64_t, int64_t, int64_t, int, int64_t,
                            int16_t*) noexcept nogil

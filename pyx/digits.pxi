@@ -396,48 +396,34 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
     cdef int64_t items = g.k // volume(d.pitch), steps = steps_of(kc)
     cdef const int16_t* dy = g.b.data + block.item * g.b_batch
     cdef Place at = place_of(d.pitch, k0)
+    cdef const uint8_t* shift = g.exponents.shifts.shift
     cdef int shifts[64]
     cdef int16_t space[64 * 32]
     cdef const int16_t* aligned[64]
     cdef const int16_t** rows
-    cdef int64_t first
+    cdef int64_t first, n
     layout_pixels(g, g.a.data + block.item * g.a_batch, items, k0,
                   steps * DFP_DIGIT_STEP + d.halo + 4, pixels)
     pixels += image
-    for k in range(steps * DFP_DIGIT_STEP):
-        pixels[k] = NULL
-        if k < kc:
-            position = position_at(&g.a.window, &at)
-            if position >= 0:
-                pixels[k] = dy + position * g.b.k_stride
-            go_on(&at, d.pitch)
     for s in range(steps):
         for k in range(DFP_DIGIT_STEP):
+            pixels[k] = NULL
             shifts[k] = 0
-            if pixels[s * DFP_DIGIT_STEP + k] != NULL and g.exponents.shifts.shift != NULL:
-                # Of the image whose pixel it is.
-                position = (pixels[s * DFP_DIGIT_STEP + k] - dy) // g.b.k_stride
-                shifts[k] = shift_of(&g.exponents.shifts, block.item, position)
+            if s * DFP_DIGIT_STEP + k < kc:
+                position = position_at(&g.a.window, &at)
+                if position >= 0:
+                    pixels[k] = dy + position * g.b.k_stride
+                    # A group is an image.
+                    shifts[k] = shift[at.item] if shift != NULL else 0
+                go_on(&at, d.pitch)
         for c in range(0, block.mc, 32):
-            rows, first = pixels + s * DFP_DIGIT_STEP, block.m0 + c
-            if g.exponents.shifts.shift != NULL:
-                rows, first = align_rows(rows, first, min(block.mc - c, <int64_t>32), shifts,
-                                         aligned, space), 0
-            kernel.digits.lines_of_rows(rows, first, min(block.mc - c, <int64_t>32), d.products,
+            rows, first, n = pixels, block.m0 + c, min(block.mc - c, <int64_t>32)
+            if shift != NULL:
+                kernel.align_rows(rows, first, n, shifts, space, aligned)
+                rows, first = aligned, 0
+            kernel.digits.lines_of_rows(rows, first, n, d.products,
                                         out + s * d.a_step + c * DFP_DIGIT_STEP, d.a_plane)
-
-
-cdef const int16_t** align_rows(const int16_t** rows, int64_t c, int64_t n, const int* shifts,
-                                const int16_t** aligned, int16_t* space) noexcept nogil:
-    """Columns c .. c + n of a step's rows, each shifted by its shift; fills 64 rows of `aligned`,
-    in a space of 64 x 32, and returns them."""
-    cdef int64_t k
-    for k in range(DFP_DIGIT_STEP):
-        aligned[k] = NULL
-        if rows[k] != NULL:
-            kernel.align(rows[k] + c, n, shifts[k], space + k * 32)
-            aligned[k] = space + k * 32
-    return aligned
+        pixels += DFP_DIGIT_STEP
 
 
 cdef void pack_sliding(Gemm* g, int64_t channel, int64_t kc, const int16_t** pixels,
@@ -505,15 +491,15 @@ cdef void pack_columns(Gemm* g, int64_t item, int64_t n0, int64_t k0, int64_t kc
             k = k0 + s * DFP_DIGIT_STEP
             count = min(kc - s * DFP_DIGIT_STEP, <int64_t>DFP_DIGIT_STEP)
         if shifted:
-            for i in range(DFP_DIGIT_STEP):
-                shifts[i] = shift_of(&g.exponents.shifts, item, k + i) if i < count else 0
+            shifts_of(&g.exponents.shifts, item, k, count, shifts)
         if b.n_stride == 1:
             for i in range(DFP_DIGIT_STEP):
                 rows[i] = b_row(b, data, k + i) if i < count else NULL
             n = min(g.n - n0, <int64_t>32)
             first, at = n0, rows
             if shifted:
-                first, at = 0, align_rows(rows, n0, n, shifts, aligned, space)
+                kernel.align_rows(rows, n0, n, shifts, space, aligned)
+                first, at = 0, aligned
             kernel.digits.columns_of_rows(at, first, n, transposed(g), d.products, out, d.b_half,
                                           d.b_plane)
         else:

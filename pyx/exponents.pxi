@@ -51,6 +51,22 @@ cdef inline int shift_of(const Shifts* s, int64_t item, int64_t k) noexcept nogi
     return s.shift[(item * s.item + k) // s.per]
 
 
+cdef void shifts_of(const Shifts* s, int64_t item, int64_t k, int64_t count,
+                    int* out) noexcept nogil:
+    """Those of `count` products from k on, 0 up to 64."""
+    cdef int64_t i = 0, end
+    cdef int shift
+    while i < count:
+        shift = shift_of(s, item, k + i)
+        end = min(count, ((item * s.item + k + i) // s.per + 1) * s.per - item * s.item - k)
+        while i < end:
+            out[i] = shift
+            i += 1
+    while i < 64:
+        out[i] = 0
+        i += 1
+
+
 cdef extern from *:
     """
     /* 2**e of a normal exponent. */

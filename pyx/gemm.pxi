@@ -2,9 +2,9 @@
 #
 #     C[m, n] = RN32(2**(ea + eb) * sum_k A[m, k] * B[k, n])
 #
-# for `batch` independent products (matrices of a batched matmul, groups of a convolution). Exponents
-# may differ from row to row and from column to column of C; where they differ along K, B is aligned
-# when it is packed (exponents.pxi).
+# for `batch` independent products (matrices of a batched matmul, groups of a convolution).
+# Exponents may differ from row to row and from column to column of C; where they differ along K, B
+# is aligned when it is packed (exponents.pxi).
 # A task computes a block of mb rows and nb columns. It packs the block of A (pack.pxi; rows of an
 # image are gathered here, im2col exists only block by block), packs its panels of B unless all of
 # B was packed beforehand, and runs the microkernel tile by tile, panel after panel. Long K is cut

@@ -228,6 +228,26 @@ TARGET static void DFP_CAT(align_s16__, ISA)(const int16_t *from, int64_t n, int
     }
 }
 
+TARGET static void DFP_CAT(align_rows_s16__, ISA)(const int16_t *const *rows, int64_t c, int64_t n,
+                                                  const int *shifts, int16_t *space,
+                                                  const int16_t **aligned) {
+    for (int k = 0; k < DFP_DIGIT_STEP; k++, space += DFP_DIGIT_TILE) {
+        const int shift = shifts[k];
+        aligned[k] = rows[k] ? rows[k] + c : NULL;
+        if (!aligned[k] || !shift) continue;
+        const int16_t *from = aligned[k];
+        const int32_t half = (1 << (shift - 1)) - 1;
+        aligned[k] = space;
+        if (n == DFP_DIGIT_TILE) {
+            for (int i = 0; i < DFP_DIGIT_TILE; i++)
+                space[i] = (int16_t)ALIGNED((int32_t)from[i], shift, half, 1);
+        } else {
+            for (int64_t i = 0; i < n; i++)
+                space[i] = (int16_t)ALIGNED((int32_t)from[i], shift, half, 1);
+        }
+    }
+}
+
 TARGET static void DFP_CAT(align_pairs_s16__, ISA)(int16_t *pairs, int64_t count, int first,
                                                    int second) {
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -472,7 +492,8 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
         DFP_CAT(exponents__, ISA), DFP_CAT(quantize_groups__, ISA),                      \
         DFP_CAT(stochastic_f32_s16__, ISA), DFP_CAT(count__, ISA),                       \
         DFP_CAT(zeros__, ISA), DFP_CAT(suspect__, ISA),                                  \
-        DFP_CAT(align_s16__, ISA), DFP_CAT(align_pairs_s16__, ISA),                      \
+        DFP_CAT(align_s16__, ISA), DFP_CAT(align_rows_s16__, ISA),                       \
+        DFP_CAT(align_pairs_s16__, ISA),                                                 \
         DFP_CAT(interleave_s16__, ISA), DFP_CAT(copy_rows_s16__, ISA),                   \
         DFP_CAT(depthwise_patch__, ISA), DFP_CAT(depthwise_dots__, ISA),                 \
         DFP_CAT(depthwise_spill__, ISA), DFP_CAT(statistics_f32__, ISA),                 \

@@ -205,6 +205,10 @@ typedef struct {
     int (*suspect)(const float *x, const int16_t *q, int64_t n);
     /* to[i] = RN(from[i] * 2**-shift), ties to even, 0 <= shift <= 16; `to` may be `from`. */
     void (*align)(const int16_t *from, int64_t n, int shift, int16_t *to);
+    /* The same for the elements c to c + n, n <= DFP_DIGIT_TILE, of DFP_DIGIT_STEP rows with a shift
+     * each: aligned[k] is where they are then, in `space` or, unchanged, in the row. */
+    void (*align_rows)(const int16_t *const *rows, int64_t c, int64_t n, const int *shifts,
+                       int16_t *space, const int16_t **aligned);
     /* The same in place for `count` pairs: the first of each by `first`, the second by `second`. */
     void (*align_pairs)(int16_t *pairs, int64_t count, int first, int second);
     /* Pairs for panels of mr, `panel` elements apart: of pair i of the rows p and q, `step` elements

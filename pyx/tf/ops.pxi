@@ -141,8 +141,8 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     z.key[0], z.key[1] = <uint32_t>a.seed, <uint32_t>a.tensor_id
     z.given, z.step = NULL, 0
     if ok(&c) and not 0 <= a.group_axes <= shape.rank:
-        snprintf(text, sizeof(text), "group_axes must be from 0 to the rank of x; got %lld and rank "
-                 "%d", <long long>a.group_axes, shape.rank)
+        snprintf(text, sizeof(text), "group_axes must be from 0 to the rank of x; got %lld and "
+                 "rank %d", <long long>a.group_axes, shape.rank)
         fail(&c, text)
     if ok(&c):
         z.groups = elements(shape.dim, <int>a.group_axes)
