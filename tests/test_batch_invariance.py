@@ -1,7 +1,7 @@
 """A sample's result does not depend on its batch, to the last bit.
 
 That is the promise of `exponents="sample"` for every product. TensorFlow's own float32 ops make no
-such promise. On x86 they keep it nevertheless, except that
+such promise. As measured on x86 with TensorFlow 2.21, they keep it nevertheless, except that
 
 - functions that are approximated (exp, log, log1p, expm1, sigmoid, softplus, elu, selu, silu, mish,
   gelu, rsqrt, pow, sin, cos; the gradients of sqrt and erf, too) go through a tensor in packets of
@@ -12,8 +12,8 @@ such promise. On x86 they keep it nevertheless, except that
   keep a sample's bits if the axis that remains has at most 8 channels or a multiple of 8;
 - softmax without oneDNN (`TF_ENABLE_ONEDNN_OPTS=0`) divides by as many sums as there are vectors,
   and these come in packets of 8 as well; log_softmax and logsumexp always do;
-- the gradient of average pooling whose windows overlap is summed in an order that depends on the
-  batch.
+- with oneDNN, the gradient of average pooling whose windows overlap is summed in an order that
+  depends on the batch.
 
 So the sizes of the models here are multiples of 16, and none of them ends in a softmax;
 `test_what_the_models_need_of_tensorflow` says so if TensorFlow keeps less one day.

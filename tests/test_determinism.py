@@ -60,13 +60,17 @@ def test_an_op_in_a_graph(name, accumulation):
     op, *shapes = OPS[name]
     rng = np.random.default_rng(len(name))
     a, b = (tf.constant(rng.standard_normal(shape), tf.float32) for shape in shapes)
+    # Samples have exponents of their own, and sums over samples align them.
+    scale = np.exp2(rng.integers(-5, 5, len(a))).astype(np.float32)
+    a *= scale.reshape(-1, *[1] * (a.shape.rank - 1))
 
     @tf.function
     def step(a, b):
         with tf.GradientTape() as tape, ops.format_scope(DFPFormat(accumulation=accumulation)):
             tape.watch([a, b])
             y = op(a, b)
-        dy = tf.cast(tf.range(tf.size(y)) % 101 - 50, tf.float32)
+        count = tf.range(tf.size(y))
+        dy = tf.cast((count % 101 - 50) * 2 ** (count // 1000 % 9), tf.float32)
         return y, *tape.gradient(y, [a, b], output_gradients=tf.reshape(dy, tf.shape(y)))
 
     expected = None

@@ -300,11 +300,10 @@ def test_a_loss_of_a_large_group_is_told(told, shape):
 
 
 def test_a_loss_is_told_wherever_its_group_lies(told):
-    for n, lost in ((70, slice(None, None, 2)), (129, slice(0, 70)), (3000, slice(1000, 2600))):
+    for n, lost in ((70, slice(27, 62)), (129, slice(40, 110)), (3000, slice(1000, 2600))):
         for group in range(30):
             x = np.ones((30, n), np.float32)
             x[group, lost] = 1e-9
-            x[group, 0] = 1
             native_quantize(x, group_axes=1, site=f"{n} elements, group {group}")
         wait_for_main_thread()
         assert len(told) == 30 * [70, 129, 3000].index(n) + 30, n

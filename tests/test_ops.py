@@ -623,6 +623,32 @@ def test_the_other_products_are_float32(call, products):
         assert np.array_equal(result, integers) == (name in products), name
 
 
+@pytest.mark.parametrize("fmt", ONE_OR_MANY, ids=short)
+@pytest.mark.parametrize("products", [("input_gradient",), ("weight_gradient",), PRODUCTS[1:]])
+@pytest.mark.parametrize(
+    ("subscripts", "a_shape", "b_shape"),
+    [
+        ("abk,kc->abc", (3, 4, 5), (5, 6)),
+        ("abk,kc->cba", (3, 4, 5), (5, 6)),
+        ("akbc,bkd->bacd", (3, 5, 4, 2), (4, 5, 6)),
+        ("abk,abck->abc", (3, 4, 5), (3, 4, 2, 5)),
+        ("ak,dkc->acd", (3, 5), (2, 5, 6)),
+    ],
+)
+def test_what_float32_multiplies_forward_is_quantised_backward(
+    subscripts, a_shape, b_shape, products, fmt
+):
+    a, b = uneven(*a_shape), uneven(*b_shape, seed=1)
+    fmt = dataclasses.replace(fmt, products=products)
+    y, dy, gradients = run(lambda a, b: ops.einsum(subscripts, a, b), a, b, fmt=fmt)
+    np.testing.assert_allclose(y, np.einsum(subscripts, a, b), rtol=1e-4, atol=1e-4)
+    terms, out = subscripts.split("->")
+    truth = contraction_truth(a, terms.split(",")[0], b, terms.split(",")[1], out, dy, fmt)
+    for name, actual, expected in zip(PRODUCTS[1:], gradients, truth[1:], strict=True):
+        if name in products:
+            same_bits(actual, expected)
+
+
 # ---- gradients -----------------------------------------------------------------------------------
 
 

@@ -457,6 +457,31 @@ static void check_align(void) {
     CHECK(to[-1] == 12345 && to[n] == 12345, "wrote beyond an end");
 }
 
+static void check_align_rows(void) {
+    enum { STEP = DFP_DIGIT_STEP, TILE = DFP_DIGIT_TILE, LONG = 50 };
+    static int16_t data[STEP][LONG], space[STEP * TILE + 1];
+    const int16_t *rows[STEP], *got[STEP];
+    const int64_t n = word() % 2 ? TILE : between(1, TILE), c = between(0, LONG - n);
+    const int many = word() % 2;
+    int shifts[STEP];
+    for (int k = 0; k < STEP; k++) {
+        for (int i = 0; i < LONG; i++) data[k][i] = any_int16();
+        rows[k] = word() % 8 ? data[k] : NULL;
+        shifts[k] = many ? between(0, 16) : k < 20 ? 3 : 0;
+    }
+    space[STEP * TILE] = 12345;
+    kernel->align_rows(rows, c, n, shifts, space, got);
+    for (int k = 0; k < STEP; k++) {
+        CHECK(!got[k] == !rows[k], "row %d: %s", k, rows[k] ? "missing" : "comes from nowhere");
+        for (int64_t i = 0; rows[k] && i < n; i++) {
+            const int expected = aligned(data[k][c + i], shifts[k]);
+            CHECK(got[k][i] == expected, "row %d, %d * 2**-%d: got %d, expected %d", k,
+                  data[k][c + i], shifts[k], got[k][i], expected);
+        }
+    }
+    CHECK(space[STEP * TILE] == 12345, "wrote beyond the end");
+}
+
 static void check_align_pairs(void) {
     static int16_t before[2 * MAX_N];
     static int16_t pairs[2 * MAX_N + 36] __attribute__((aligned(4)));
@@ -1083,6 +1108,7 @@ static void check_kernel(const dfp_kernel *k) {
     for (int i = 0; i < 500; i++) check_zeros();
     for (int i = 0; i < 200; i++) check_suspect();
     for (int i = 0; i < 500; i++) check_align();
+    for (int i = 0; i < 500; i++) check_align_rows();
     for (int i = 0; i < 500; i++) check_align_pairs();
     for (int i = 0; i < 500; i++) check_interleave();
     for (int i = 0; i < 500; i++) check_copy_rows();
