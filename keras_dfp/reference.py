@@ -468,7 +468,8 @@ def _along(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split exponents in those that vary along the summed axis and those that do not."""
     e = e.reshape((1,) * (len(shape) - e.ndim) + e.shape)
-    if e.ndim > len(shape) or np.broadcast_shapes(e.shape, shape) != shape or 1 not in e.shape[-2:]:
+    fits = all(n in (1, size) for n, size in zip(e.shape, shape, strict=False))
+    if e.ndim > len(shape) or not fits or 1 not in e.shape[-2:]:
         raise ValueError(
             f"{op}: `{name}` must broadcast to the mantissas' shape {shape} and may vary along one "
             f"of the last two axes, received shape {e.shape}"

@@ -73,7 +73,7 @@ cdef inline bint is_matrix(const Window* w) noexcept nogil:
 cdef inline void rows_of_window(Gemm* g) noexcept nogil:
     g.a.kind = ROWS if is_matrix(&g.a.window) else PATCHES
     g.a.ld = g.a.window.pixel
-    g.exponents.row.per = volume(g.a.window.positions)
+    g.exponents.row.per *= volume(g.a.window.positions)
     g.k = volume(g.a.window.taps) * g.a.window.padded
 
 
@@ -162,7 +162,7 @@ cdef void weight_gradient_plan(const Conv* v, Gemm* g, const int16_t* x, const i
     if is_matrix(&g.a.window):
         g.a.kind, g.a.ld = COLUMNS, v.channels
     g.a_batch, g.b_batch, g.c_batch, g.ldc = channels, filters, filters, v.filters
-    g.exponents.shifts.per = volume(v.output)
+    g.exponents.shifts.per *= volume(v.output)
     matrix_b(&g.b, g.k, v.filters, 1)
     gemm_plan(g)
 

@@ -61,7 +61,7 @@ cdef void digits_plan(Gemm* g) noexcept nogil:
         d.columns = d.steps = steps_of(g.kb)
     elif d.flat:
         g.m = g.m // volume(w.positions) * volume(d.pitch)
-        g.exponents.row.per = volume(d.pitch)
+        g.exponents.row.per = g.exponents.row.per // volume(w.positions) * volume(d.pitch)
         d.columns = steps_of(w.channels)
         d.steps = d.columns * volume(w.taps)
         g.mb = clamp(FLAT_CACHED // (d.planes * d.columns * step) // tile * tile, tile, DIGITS_M)
@@ -397,6 +397,8 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
     cdef const int16_t* dy = g.b.data + block.item * g.b_batch
     cdef Place at = place_of(d.pitch, k0)
     cdef const uint8_t* shift = g.exponents.shifts.shift
+    # A group is one image or more.
+    cdef int64_t images = g.exponents.shifts.per // max(volume(g.a.window.positions), <int64_t>1)
     cdef int shifts[64]
     cdef int16_t space[64 * 32]
     cdef const int16_t* aligned[64]
@@ -413,8 +415,7 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
                 position = position_at(&g.a.window, &at)
                 if position >= 0:
                     pixels[k] = dy + position * g.b.k_stride
-                    # A group is an image.
-                    shifts[k] = shift[at.item] if shift != NULL else 0
+                    shifts[k] = shift[at.item // images] if shift != NULL else 0
                 go_on(&at, d.pitch)
         for c in range(0, block.mc, 32):
             rows, first, n = pixels, block.m0 + c, min(block.mc - c, <int64_t>32)

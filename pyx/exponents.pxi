@@ -177,7 +177,7 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
         items[item] = <int32_t>e
         if not (a_k or b_k):
             continue
-        most = -200000
+        most = <int64_t>-1 << 40
         for i in range(k // per):
             e = along_k(a, b, a_k, b_k, item * k + i * per)
             if e == NAN_EXPONENT:
@@ -197,5 +197,6 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
 
 cdef inline int64_t along_k(const Operand* a, const Operand* b, bint a_k, bint b_k,
                             int64_t k) noexcept nogil:
-    """The exponents of product k, counted through all items."""
-    return added(a.e[k // a.per] if a_k else 0, b.e[k // b.per] if b_k else 0)
+    """The exponents of product k, counted through all items; not clamped, since differences count."""
+    cdef int64_t e1 = a.e[k // a.per] if a_k else 0, e2 = b.e[k // b.per] if b_k else 0
+    return NAN_EXPONENT if e1 == NAN_EXPONENT or e2 == NAN_EXPONENT else e1 + e2

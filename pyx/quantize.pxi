@@ -112,8 +112,9 @@ cdef inline bint may_lose(const Quantize* z, int64_t first, int64_t n) noexcept 
     cdef int64_t i
     if z.n > 2 * DFP_SHORT:
         return True
+    # Half of a group, or half of that where it lies in two blocks.
     for i in range(first, first + n, 1024):
-        if kernel.zeros(z.q + i, min(first + n - i, <int64_t>1024)) >= TELLING // 2:
+        if kernel.zeros(z.q + i, min(first + n - i, <int64_t>1024)) >= TELLING // 4:
             return True
     return False
 
@@ -132,12 +133,14 @@ cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef int64_t n = min(z.piece, z.n - first)
     cdef int64_t counts[3]
     round_group(z, group, first, n, z.stream)
-    if z.counting or (z.watching and kernel.suspect(z.x + group * z.n + first,
-                                                    z.q + group * z.n + first, n)):
+    if z.counting:
         memset(counts, 0, sizeof(counts))
         count_group(z, group, first, n, counts)
         add_counts(z.counts, counts)
         add_counts(z.group_counts + 3 * group, counts)
+    elif z.watching and kernel.suspect(z.x + group * z.n + first, z.q + group * z.n + first, n):
+        # Only a mark: the whole group has to be counted.
+        dfp_atomic_add(z.group_counts + 3 * group, 1)
 
 
 cdef void count_group(Quantize* z, int64_t group, int64_t first, int64_t n,
@@ -232,6 +235,9 @@ cdef void quantize(Quantize* z) noexcept nogil:
     parallel_for(round_task, z, z.groups * z.pieces, threads)
     if z.counting or z.watching:
         for g in range(z.groups):
+            if z.watching and not z.counting and z.group_counts[3 * g]:
+                memset(z.group_counts + 3 * g, 0, 3 * sizeof(int64_t))
+                count_group(z, g, 0, z.n, z.group_counts + 3 * g)
             weigh(z, z.group_counts + 3 * g)
 
 

@@ -670,7 +670,13 @@ def test_empty_sums_of_nan_are_nan(isa):
         ((3, 4), (), (4, 5), 8, "b_exponent must .* that divides 4; got shape .8."),
         ((2, 3, 4), (), (2, 4, 5), 0, "b_exponent must .* that divides 8; got shape .0."),
         ((2, 3, 4), (2, 1, 2), (2, 4, 5), (), "a_exponent must .* 6; got shape .2,1,2."),
-        ((2, 3, 4), 3, (2, 4, 5), (), "must be a part of a matrix, or .* a_exponent of shape .3."),
+        (
+            (2, 3, 4),
+            3,
+            (2, 4, 5),
+            (),
+            "must be a part of a matrix, or .* got 3 of a_exponent for 2 matrices of 3",
+        ),
     ],
 )
 def test_matmul_takes_exponents_of_groups(a, ea, b, eb, message):

@@ -287,7 +287,7 @@ def test_an_override_changes_the_exponents_of_one_layer():
     # A bright image beside the others takes their details from `body` alone.
     x = images()
     bright = np.concatenate([x, 1e4 * x[:1]])
-    stem, body = (keras.Model(model.input, model.get_layer(n).output) for n in ("stem", "body"))
+    stem, body = (keras.Model(model.inputs[0], model.get_layer(n).output) for n in ("stem", "body"))
     np.testing.assert_array_equal(stem(bright)[:4], stem(x))
     assert not np.array_equal(body(bright)[:4], body(x))
 

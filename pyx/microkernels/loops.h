@@ -213,7 +213,7 @@ TARGET static int DFP_CAT(suspect__, ISA)(const float *x, const int16_t *q, int6
     }
     int64_t some = 0, none = 0;
     for (int i = 0; i < SAMPLE; i++) some += nonzero[i], none += lost[i];
-    return some && 3 * none >= some;
+    return some && 5 * none >= 2 * some;
 }
 
 /* Half of the last bit, less than half where that bit is even; nothing is shifted by 0. */

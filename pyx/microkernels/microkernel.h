@@ -20,8 +20,8 @@
  * Output: if `c` is not NULL, all mr x nr values of the sum, rounded once to float32 (exact mode)
  * and times row_scale[i] and, unless column_scale is NULL, column_scale[j], powers of two, go to
  * c[i * ldc + j]. The caller guarantees that |v|, and every sum of some of its products, is below
- * 2**47, and that neither a scale nor a nonzero result of either multiplication is subnormal or too
- * large. A scale may be NaN, and so is then what it multiplies. If `c` is NULL, the sum goes to acc.
+ * 2**47, and that neither a scale nor a nonzero result of either multiplication is subnormal, nor
+ * that of the first infinite where that of both is not. A scale may be NaN, and so is then what it multiplies. If `c` is NULL, the sum goes to acc.
  *        With `stream`, c and ldc are multiples of 64 bytes, and the stores may go past the caches.
  */
 #ifndef DFP_MICROKERNEL_H

@@ -296,13 +296,16 @@ cdef void matrix_exponents(Call* c, int i, const char* name, const Shape* shape,
                            Operand* out) noexcept nogil:
     """Those of a batch of matrices: for each group of matrices, or of rows of a matrix."""
     cdef int64_t rows
+    cdef char text[300]
     if not ok(c):
         return
     rows = shape.dim[shape.rank - 2]
     get_exponents(c, i, name, batch * rows, out)
     if ok(c) and batch * rows and rows % out.per and out.per % rows:
-        fail_shapes(c, "a group of rows that share an exponent must be a part of a matrix, or "
-                    "matrices", name, shape, "the operand", shape)
+        snprintf(text, sizeof(text), "the rows that share an exponent must be a part of a matrix, "
+                 "or whole matrices; got %lld of %s for %lld matrices of %lld rows",
+                 <long long>out.count, name, <long long>batch, <long long>rows)
+        fail(c, text)
 
 
 cdef inline void fill_nan(float* y, int64_t n) noexcept nogil:

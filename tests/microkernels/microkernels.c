@@ -426,7 +426,7 @@ static void check_suspect(void) {
         lost += x[i] != 0 && q[i] == 0;
     }
     const int got = kernel->suspect(x, q, n);
-    const int must = n < 2048 ? nonzero && 2 * lost >= nonzero : share >= 4;
+    const int must = n < 2048 ? nonzero && 2 * lost >= nonzero : share >= 5;
     const int must_not = n >= 2048 && share == 0;
     CHECK(must ? got : !must_not || !got, "%d elements, of %d that are not zero %d lost: got %d",
           (int)n, (int)nonzero, (int)lost, got);
