@@ -33,11 +33,13 @@ subnormal results are kept, and a nonzero sum that rounds to zero keeps its sign
 
 **Alignment.** `ea` and `eb` are those of the groups that the sum runs through. Where it runs
 through several groups of an operand (a weight gradient sums over samples), the mantissas of b are
-aligned first. With e[k] the sum of both exponents at k, and E its maximum over k:
+aligned first. With e[k] the sum of both exponents at k, E its maximum over k, and d = 1 (0 if b has
+16 bits):
 
-    y = RN32(2**E * sum_k qa[k] * RN(qb[k] * 2**(e[k] - E)))      RN: to nearest, ties to even
+    y = RN32(2**(E - d) * sum_k qa[k] * RN(qb[k] * 2**(e[k] - E + d)))    RN: nearest, ties to even
 
-One NaN group makes such a sum NaN.
+So b has d bits more in this product, of which spilled chains take note; if in no sum of the product
+the e[k] differ, nothing is aligned, and d = 0. One NaN group makes such a sum NaN.
 
 **Product, accumulation "spill"**, the method of the paper. The terms, in a canonical order, are cut
 into chunks of `L = floor((2**31 - 1) / (Qa * Qb))`, which cannot overflow INT32:
@@ -370,20 +372,26 @@ def _scaled(total: np.ndarray, *exponents: np.ndarray) -> np.ndarray:
     return np.where(nan, np.float32(np.nan), round_scaled(total, sum(exponents)))
 
 
-def _aligned(qb: np.ndarray, ek: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def _aligned(
+    qb: np.ndarray, ek: np.ndarray, axis: int, bits: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Align b, whose products have the exponents `ek` along the axis that is summed over.
 
     Args:
         qb: int64 mantissas.
         ek: int64 exponents that broadcast with `qb`.
         axis: the axis of both that the product sums over.
+        bits: mantissa bits of b.
 
     Returns:
-        The mantissas, and the largest exponent along the axis, which is kept with a size of 1.
+        The mantissas, the exponent of each sum (the axis is kept with a size of 1), and the bits
+        that the mantissas have now.
     """
     nan = np.any(ek == NAN_EXPONENT, axis, keepdims=True)
     most = np.max(ek, axis, keepdims=True, initial=2 * NAN_EXPONENT)
-    return align(qb, np.maximum(most - ek, 0)), np.where(nan, NAN_EXPONENT, most)
+    more = int(bits < 16 and np.any((ek != most) & ~nan))
+    aligned = align(qb << more, np.where(nan, 0, most - ek))
+    return aligned, np.where(nan, NAN_EXPONENT, most - more), bits + more
 
 
 def _added(*exponents: np.ndarray) -> np.ndarray:
@@ -454,7 +462,7 @@ def matmul(
     columns, along_b = _along(op, "eb", eb, qb.shape, -2)
     ek = _added(np.swapaxes(along_a, -1, -2), along_b)
     if ek.shape[-2] != 1:
-        qb, ek = _aligned(qb, ek, -2)
+        qb, ek, b_bits = _aligned(qb, ek, -2, b_bits)
     chunks = (
         qa[..., cut] @ qb[..., cut, :]
         for cut in _cuts(depth, _chain(accumulation, a_bits, b_bits, depth))
@@ -717,7 +725,7 @@ def conv_weight_gradient(
     groups = _checked_groups(op, qx.shape, kernel_shape)
     geometry = _geometry(op, qx.shape[1:-1], kernel_shape[:-2], strides, dilations, padding)
     _check_output(op, qdy.shape, (qx.shape[0], *geometry.output, kernel_shape[-1]))
-    qdy, e = _aligned_images(op, qx.shape, ex, qdy, edy)
+    qdy, e, dy_bits = _aligned_images(op, qx.shape, ex, qdy, edy, dy_bits)
     x = _padded(qx, geometry)
     dy = _grouped(qdy, groups)
     pixels = dy.shape[1]
@@ -737,12 +745,17 @@ def _aligned_images(
     ex: np.ndarray,
     qdy: np.ndarray,
     edy: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Align `dy` for a sum over the images of a batch. Return it and the exponent of the sum."""
+    dy_bits: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Align `dy` for a sum over the images of a batch.
+
+    Returns:
+        It, the exponent of the sum, and the bits that `dy` has now.
+    """
     e = _added(_leading(op, "ex", ex, x_shape), _leading(op, "edy", edy, qdy.shape))
     if ex.ndim or edy.ndim:
-        qdy, e = _aligned(qdy, e, 0)
-    return qdy, e.reshape(())
+        qdy, e, dy_bits = _aligned(qdy, e, 0, dy_bits)
+    return qdy, e.reshape(()), dy_bits
 
 
 def _grouped(x: np.ndarray, groups: int) -> np.ndarray:
@@ -920,7 +933,7 @@ def depthwise_conv_weight_gradient(
     geometry = _geometry(op, qx.shape[1:-1], kernel_shape[:-2], strides, dilations, padding)
     batch, channels, multiplier = qx.shape[0], *kernel_shape[-2:]
     _check_output(op, qdy.shape, (batch, *geometry.output, channels * multiplier))
-    qdy, e = _aligned_images(op, qx.shape, ex, qdy, edy)
+    qdy, e, dy_bits = _aligned_images(op, qx.shape, ex, qdy, edy, dy_bits)
     x = _padded(qx, geometry)
     pixels = batch * int(np.prod(geometry.output))
     dy = qdy.reshape((pixels, channels, multiplier))

@@ -20,7 +20,7 @@ cdef struct Conv:
     int64_t channels, filters   # of all groups; depthwise: filters = channels * multiplier
     int64_t groups
     bint depthwise
-    int64_t a_bits, b_bits      # of the pass's two operands
+    int64_t a_bits, b_bits      # of the pass's two operands, b aligned
     Exponents exponents         # of the pass; rows and products are counted in images
     bint spill
 

@@ -396,7 +396,7 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
     cdef int64_t items = g.k // volume(d.pitch), steps = steps_of(kc)
     cdef const int16_t* dy = g.b.data + block.item * g.b_batch
     cdef Place at = place_of(d.pitch, k0)
-    cdef const uint8_t* shift = g.exponents.shifts.shift
+    cdef const int8_t* shift = g.exponents.shifts.shift
     # A group is one image or more.
     cdef int64_t images = g.exponents.shifts.per // max(volume(g.a.window.positions), <int64_t>1)
     cdef int shifts[64]

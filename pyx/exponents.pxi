@@ -2,7 +2,8 @@
 #
 # Those of an operand come as one, or as one for each group of its rows. Along K they differ where a
 # sum runs through groups, as a weight gradient's through samples. Then B is aligned: a product k
-# whose exponents sum to e is shifted right by E - e, E the largest such sum of the item.
+# whose exponents sum to e is shifted right by E - e, E the largest such sum of the item; but if
+# there is room for it, all of B has one bit more, so that those next to the largest lose nothing.
 
 # Row i (or column i) of item b of the product has e[(b * item + i) // per]; one `e` that is NULL
 # says that they do not differ.
@@ -10,10 +11,11 @@ cdef struct Axis:
     const int32_t* e
     int64_t item, per
 
-# Product k of item b is shifted by shift[(b * item + k) // per], 0 to 16; none is if it is NULL.
+# Product k of item b is shifted by shift[(b * item + k) // per], -1 to 16; none is if it is NULL.
 cdef struct Shifts:
-    uint8_t* shift
+    int8_t* shift
     int64_t item, per
+    int more                    # bits that B has after it
 
 cdef struct Exponents:
     int64_t all                 # of all sums,
@@ -140,18 +142,20 @@ cdef int64_t exponent_bytes(int64_t batch, int64_t k) noexcept nogil:
 
 cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64_t m,
                             bint a_along_k, const Operand* b, int64_t n, bint b_along_k,
-                            int64_t k, char* room) noexcept nogil:
+                            int64_t k, int64_t b_bits, char* room) noexcept nogil:
     """Says where the exponents of a product's operands act: on items, rows, columns, or along K.
 
-    Rows of `a` as it is stored are rows of the product or, if `a_along_k`, products; those of `b`
-    columns or products. `room` is of exponent_bytes, and is used only where it is needed.
+    Rows of `a` as it is stored are rows of the product or, if `a_along_k`, products; those of `b`,
+    whose mantissas have `b_bits`, columns or products. `room` is of exponent_bytes, and is used
+    only where it is needed.
     """
     cdef bint a_spread = spread_over(a, k if a_along_k else m)
     cdef bint b_spread = spread_over(b, k if b_along_k else n)
     cdef bint a_k = a_spread and a_along_k, b_k = b_spread and b_along_k
     cdef int32_t* items = <int32_t*>room
-    cdef uint8_t* shift = <uint8_t*>room + round_up(batch * sizeof(int32_t), ALIGN)
-    cdef int64_t item, i, e, most, per, least = 0
+    cdef int8_t* shift = <int8_t*>room + round_up(batch * sizeof(int32_t), ALIGN)
+    cdef int64_t item, i, e, most, per, any = 0
+    cdef int more = 1 if b_bits < 16 else 0
     memset(x, 0, sizeof(Exponents))
     if a.count == 1:
         x.all = added(x.all, a.e[0])
@@ -188,11 +192,12 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
         for i in range(k // per):
             e = 0
             if most != NAN_EXPONENT:
-                e = min(<int64_t>16, most - along_k(a, b, a_k, b_k, item * k + i * per))
-            shift[item * (k // per) + i] = <uint8_t>e
-            least |= e
-    if least:
-        x.shifts.shift, x.shifts.item, x.shifts.per = shift, k, per
+                e = most - along_k(a, b, a_k, b_k, item * k + i * per)
+            any |= e
+            shift[item * (k // per) + i] = <int8_t>(min(<int64_t>17, e) - more)
+    if any:
+        x.shifts.shift, x.shifts.item, x.shifts.per, x.shifts.more = shift, k, per, more
+        x.all = added(x.all, -more)
 
 
 cdef inline int64_t along_k(const Operand* a, const Operand* b, bint a_k, bint b_k,

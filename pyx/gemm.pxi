@@ -478,6 +478,9 @@ cdef void clear_block(Gemm* g, Block* block) noexcept nogil:
     cdef float* row
     for i in range(block.mc):
         row = block.c + row_of_c(g, block.m0 + i) * g.ldc + block.n0
+        if block.column_scale == NULL and block.row_scale[i] == block.row_scale[i]:
+            memset(row, 0, block.nc * sizeof(float))
+            continue
         for j in range(block.nc):
             row[j] = 0 * block.row_scale[i]
             if block.column_scale != NULL:

@@ -216,56 +216,78 @@ TARGET static int DFP_CAT(suspect__, ISA)(const float *x, const int16_t *q, int6
     return some && 5 * none >= 2 * some;
 }
 
-/* Half of the last bit, less than half where that bit is even; nothing is shifted by 0. */
-#define ALIGNED(v, shift, half, one) (((v) + (half) + ((v) >> (shift) & (one))) >> (shift))
+/* RN(v * 2**-shift) of an int32, ties to even; shift from -1 on. */
+#define ALIGNED(v, shift)                                                        \
+    ((((v) << LEFT(shift)) + HALF(shift) + ((v) >> RIGHT(shift) & ((shift) > 0))) >> RIGHT(shift))
+#define LEFT(shift) ((shift) < 0)
+#define RIGHT(shift) ((shift) > 0 ? (shift) : 0)
+#define HALF(shift) ((shift) > 0 ? (1 << ((shift) - 1)) - 1 : 0)
+
+/* The same of int16, in which nothing may overflow: t has one bit after the point. */
+TARGET static inline void DFP_CAT(align_same__, ISA)(const int16_t *from, int64_t n, int shift,
+                                                     int16_t *to) {
+    if (shift < 0) {
+        for (int64_t i = 0; i < n; i++) to[i] = (int16_t)(from[i] + from[i]);
+        return;
+    }
+    if (shift == 0) {
+        if (to != from) memcpy(to, from, n * sizeof *to);
+        return;
+    }
+    if (shift > 15) {
+        /* At most 32767 * 2**-16, which is less than half. */
+        memset(to, 0, n * sizeof *to);
+        return;
+    }
+    const int16_t low = (int16_t)((1 << (shift - 1)) - 1);
+    for (int64_t i = 0; i < n; i++) {
+        const int16_t v = from[i], t = (int16_t)(v >> (shift - 1)), whole = (int16_t)(t >> 1);
+        const int16_t more = (int16_t)(whole | ((v & low) != 0));
+        to[i] = (int16_t)(whole + (t & more & 1));
+    }
+}
 
 TARGET static void DFP_CAT(align_s16__, ISA)(const int16_t *from, int64_t n, int shift,
                                              int16_t *to) {
-    const int32_t one = shift > 0, half = one ? (1 << (shift - 1)) - 1 : 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t v = from[i];
-        to[i] = (int16_t)ALIGNED(v, shift, half, one);
-    }
+    DFP_CAT(align_same__, ISA)(from, n, shift, to);
 }
 
 TARGET static void DFP_CAT(align_rows_s16__, ISA)(const int16_t *const *rows, int64_t c, int64_t n,
                                                   const int *shifts, int16_t *space,
                                                   const int16_t **aligned) {
     for (int k = 0; k < DFP_DIGIT_STEP; k++, space += DFP_DIGIT_TILE) {
-        const int shift = shifts[k];
         aligned[k] = rows[k] ? rows[k] + c : NULL;
-        if (!aligned[k] || !shift) continue;
-        const int16_t *from = aligned[k];
-        const int32_t half = (1 << (shift - 1)) - 1;
+        if (!aligned[k] || !shifts[k]) continue;
+        if (n == DFP_DIGIT_TILE)
+            DFP_CAT(align_same__, ISA)(aligned[k], DFP_DIGIT_TILE, shifts[k], space);
+        else
+            DFP_CAT(align_same__, ISA)(aligned[k], n, shifts[k], space);
         aligned[k] = space;
-        if (n == DFP_DIGIT_TILE) {
-            for (int i = 0; i < DFP_DIGIT_TILE; i++)
-                space[i] = (int16_t)ALIGNED((int32_t)from[i], shift, half, 1);
-        } else {
-            for (int64_t i = 0; i < n; i++)
-                space[i] = (int16_t)ALIGNED((int32_t)from[i], shift, half, 1);
-        }
     }
 }
 
 TARGET static void DFP_CAT(align_pairs_s16__, ISA)(int16_t *pairs, int64_t count, int first,
                                                    int second) {
+    if (first == second) {
+        DFP_CAT(align_same__, ISA)(pairs, 2 * count, first, pairs);
+        return;
+    }
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
     const int low = second, high = first;
 #else
     const int low = first, high = second;
 #endif
-    const int32_t low_one = low > 0, low_half = low_one ? (1 << (low - 1)) - 1 : 0;
-    const int32_t high_one = high > 0, high_half = high_one ? (1 << (high - 1)) - 1 : 0;
     pair_s16 *p = (pair_s16 *)pairs;
     for (int64_t i = 0; i < count; i++) {
         const uint32_t both = p[i];
         const int32_t l = (int32_t)(both << 16) >> 16, h = (int32_t)both >> 16;
-        p[i] = (uint32_t)ALIGNED(h, high, high_half, high_one) << 16 |
-               ((uint32_t)ALIGNED(l, low, low_half, low_one) & 0xffffu);
+        p[i] = (uint32_t)ALIGNED(h, high) << 16 | ((uint32_t)ALIGNED(l, low) & 0xffffu);
     }
 }
 
+#undef LEFT
+#undef RIGHT
+#undef HALF
 #undef ALIGNED
 
 /* So many that the compiler makes vectors of the loop rather than unrolling it. */

@@ -203,7 +203,7 @@ typedef struct {
     /* Whether it may be that half of the elements of x that are not zero have a mantissa of zero;
      * of many, an eighth is looked at. */
     int (*suspect)(const float *x, const int16_t *q, int64_t n);
-    /* to[i] = RN(from[i] * 2**-shift), ties to even, 0 <= shift <= 16; `to` may be `from`. */
+    /* to[i] = RN(from[i] * 2**-shift), ties to even, -1 <= shift <= 16; `to` may be `from`. */
     void (*align)(const int16_t *from, int64_t n, int shift, int16_t *to);
     /* The same for the elements c to c + n, n <= DFP_DIGIT_TILE, of DFP_DIGIT_STEP rows with a shift
      * each: aligned[k] is where they are then, in `space` or, unchanged, in the row. */

@@ -280,11 +280,11 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
         room = get_scratch(&c, exponent_bytes(g.batch, g.k))
     if ok(&c):
         resolve_exponents(&g.exponents, g.batch, &ea, g.m, t.transpose_a, &eb, g.n,
-                          not t.transpose_b, g.k, room)
+                          not t.transpose_b, g.k, t.b_bits, room)
         if g.exponents.all == NAN_EXPONENT:
             fill_nan(g.c, elements(y.dim, y.rank))
         else:
-            g.a_bits, g.b_bits, g.spill = t.a_bits, t.b_bits, t.spill
+            g.a_bits, g.b_bits, g.spill = t.a_bits, t.b_bits + g.exponents.shifts.more, t.spill
             matmul_plan(&g, t.transpose_a, t.transpose_b)
             scratch = get_scratch(&c, scratch_bytes(&g))
             if ok(&c):
@@ -475,7 +475,7 @@ cdef void image_exponents(Call* c, const Conv* v, Pass which, const Operand* a,
     if not ok(c):
         return
     resolve_exponents(x, 1, a, v.batch, which == WEIGHT_GRADIENT, b, 1, which == WEIGHT_GRADIENT,
-                      along_k, room)
+                      along_k, v.b_bits, room)
     # What holds for the only item, holds for all groups of channels.
     x.all, x.items = item_exponent(x, 0), NULL
     x.row.item = x.shifts.item = 0
@@ -494,6 +494,7 @@ cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* 
     image_exponents(c, v, which, ea, eb, &v.exponents)
     if not ok(c):
         return
+    v.b_bits += v.exponents.shifts.more
     if v.exponents.all == NAN_EXPONENT:
         fill_nan(out, n)
     elif v.batch * volume(v.output) == 0 or v.channels == 0 or v.filters == 0:
