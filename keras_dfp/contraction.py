@@ -180,10 +180,13 @@ def contract(
     free_b = [label for label in out if label in b.labels and label not in batch]
     summed = [label for label in a.labels if label not in out]
 
-    result = [*batch, *free_a, *free_b]
-    swapped = result != list(out) and [*batch, *free_b, *free_a] == list(out)
+    # The result's rows are those of the tensor that its first free axis belongs to: it is them that
+    # its gradient has exponents for.
+    first = next((label for label in out if label not in batch), None)
+    swapped = first in free_b and bool(free_a or set(b.grouped) & set(free_b))
     if swapped:
-        a, b, free_a, free_b, result = b, a, free_b, free_a, list(out)
+        a, b, free_a, free_b = b, a, free_b, free_a
+    result = [*batch, *free_a, *free_b]
     transpose_a = a.labels == [*batch, *summed, *free_a] != [*batch, *free_a, *summed]
     transpose_b = b.labels == [*batch, *free_b, *summed] != [*batch, *summed, *free_b]
     # Exponents belong to rows, and columns are rows of the transpose.

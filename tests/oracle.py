@@ -35,7 +35,7 @@ def matmul(a, b, exponents, bits, accumulation):
         (along if varies else scales).append(e)
     if along:
         along = _added(*(np.swapaxes(e, -1, -2) if e is ea else e for e in along))
-        b, most = _aligned(b, along, -2)
+        b, most, bits = _aligned(b, along, -2, bits)
         scales.append(most)
     total, chain = _start((*a.shape[:-1], b.shape[-1]), depth, bits, accumulation)
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -62,9 +62,9 @@ def conv_passes(case, x, w, dy, exponents, bits, accumulation):
     ex, ew, ed = (
         np.reshape(np.asarray(e, np.int64), (-1,) + (1,) * (x.ndim - 1)) for e in exponents
     )
-    aligned, most = _aligned(dy, _added(ex, ed), 0)
+    aligned, most, across = _aligned(dy, _added(ex, ed), 0, (bits[0], bits[2]))
     tensors = (q.astype(np.float64) for q in (x, w, dy, aligned))
-    sums = passes(case, window, *tensors, bits, accumulation)
+    sums = passes(case, window, *tensors, bits, across, accumulation)
     scales = _added(ex, ew), _added(ed, ew), most.reshape(())
     return [_scaled(*pair) for pair in zip(sums, scales, strict=True)]
 
@@ -110,7 +110,7 @@ class _Window:
         return total[tuple(slice(before, n - after) for (before, after), n in ends)]
 
 
-def _grouped(case, window, x, w, dy, aligned, bits, accumulation):
+def _grouped(case, window, x, w, dy, aligned, bits, across_bits, accumulation):
     groups, pixels = case.groups, math.prod(window.output) * case.batch
     channels, filters = case.channels // groups, case.filters // groups
     x_bits, w_bits, dy_bits = bits
@@ -120,7 +120,7 @@ def _grouped(case, window, x, w, dy, aligned, bits, accumulation):
     dy, aligned = (q.reshape(pixels, groups, filters).swapaxes(0, 1) for q in (dy, aligned))
     y, forward = _start((groups, pixels, filters), channels, (x_bits, w_bits), accumulation)
     dx, back = _start(window.shape, filters, (dy_bits, w_bits), accumulation)
-    dw, across = _start(w.shape, pixels, (x_bits, dy_bits), accumulation)
+    dw, across = _start(w.shape, pixels, across_bits, accumulation)
     for tap, where in enumerate(window.taps):
         patch = x[where].reshape(pixels, groups, channels).swapaxes(0, 1)
         for cut in _cuts(channels, forward):
@@ -137,7 +137,7 @@ def _grouped(case, window, x, w, dy, aligned, bits, accumulation):
     )
 
 
-def _depthwise(case, window, x, w, dy, aligned, bits, accumulation):
+def _depthwise(case, window, x, w, dy, aligned, bits, across_bits, accumulation):
     taps, channels, multiplier = len(window.taps), case.channels, case.filters
     pixels = math.prod(window.output) * case.batch
     x_bits, w_bits, dy_bits = bits
@@ -148,7 +148,7 @@ def _depthwise(case, window, x, w, dy, aligned, bits, accumulation):
     terms = list(itertools.product(range(taps), range(multiplier)))
     y, forward = _start(dy.shape, taps, (x_bits, w_bits), accumulation)
     dx, back = _start(window.shape, len(terms), (dy_bits, w_bits), accumulation)
-    dw, across = _start(w.shape, pixels, (x_bits, dy_bits), accumulation)
+    dw, across = _start(w.shape, pixels, across_bits, accumulation)
     for cut in _cuts(taps, forward):
         y += sum(patches[t] * w[t] for t in range(taps)[cut]).astype(y.dtype)
     for cut in _cuts(len(terms), back):
@@ -180,17 +180,18 @@ def _added(*exponents):
     return np.where(sum(marked), reference.NAN_EXPONENT, sum(exponents))
 
 
-def _aligned(q, e, axis):
+def _aligned(q, e, axis, bits):
     """Aligns the mantissas whose products have exponents e, for a sum along an axis.
 
-    Returns them and the exponent of the sum."""
+    Returns them, the exponent of the sum, and the bits of both factors."""
     if not e.shape[axis]:
-        return q, np.zeros((1,) * e.ndim, np.int64)
+        return q, np.zeros((1,) * e.ndim, np.int64), bits
     nan = (e == reference.NAN_EXPONENT).any(axis, keepdims=True)
     most = e.max(axis, keepdims=True)
     # Whatever is shifted by more than 17 bits is nothing. `rint` rounds ties to even.
-    shifted = np.rint(np.ldexp(q.astype(np.float64), -np.minimum(most - e, 99)))
-    return shifted, np.where(nan, reference.NAN_EXPONENT, most)
+    more = int(bits[1] < 16 and ((e < most) & ~nan).any())
+    shifted = np.rint(np.ldexp(q.astype(np.float64), more - np.minimum(most - e, 99)))
+    return shifted, np.where(nan, reference.NAN_EXPONENT, most - more), (bits[0], bits[1] + more)
 
 
 def _scaled(total, e):

@@ -118,6 +118,8 @@ PRODUCTS = {
     ),
     "separable_conv": (ops.separable_conv, (5, 5, 4), (3, 3, 4, 1), (1, 1, 4, 7)),
     "tensordot": (lambda x, w: ops.tensordot(x, w, 2), (6, 7), (6, 7, 8)),
+    "weights first": (lambda x, w: ops.matmul(w, x), (6, 7), (5, 6)),
+    "adjacency": (lambda x, w: ops.einsum("ot,btd->bod", w, x), (6, 7), (5, 6)),
     "mixing tokens": (lambda x, w: ops.einsum("btd,to->bod", x, w), (6, 7), (6, 5)),
     "bilinear": (lambda x, w: ops.einsum("bi,ijk,bj->bk", x, w, x), (7,), (7, 7, 3)),
     "matrices": (ops.matmul, (6, 6), (1, 6, 6)),

@@ -256,7 +256,8 @@ class Numbers(NamedTuple):
 
 
 def product(first, second, out):
-    """The product of two `Numbers` as docs/numerics.md has it: the second is aligned."""
+    """The product of two `Numbers` as docs/numerics.md has it: the second is aligned, with a bit
+    more (no format here has 16)."""
     every = [*out, *dict.fromkeys(n for n in first.labels + second.labels if n not in out)]
     summed = tuple(range(len(out), len(every)))
     e = np.zeros((1,) * len(every), np.int64)
@@ -269,6 +270,7 @@ def product(first, second, out):
             e = e + exponents
     most = along.max(axis=summed, keepdims=True)
     shift = most - along
+    more = int(shift.any())
     foreign = tuple(i for i, n in enumerate(every) if n not in second.labels)
     own = [n for n in every if n in second.labels]
     shift = shift.squeeze(foreign).transpose([own.index(n) for n in second.labels])
@@ -276,11 +278,11 @@ def product(first, second, out):
     sums = np.einsum(
         first.q.astype(np.int64),
         [number[n] for n in first.labels],
-        reference.align(second.q, shift),
+        reference.align(second.q.astype(np.int64) << more, shift),
         [number[n] for n in second.labels],
         list(range(len(out))),
     )
-    return reference.round_scaled(np.asarray(sums), (most + e).squeeze(summed))
+    return reference.round_scaled(np.asarray(sums), (most + e - more).squeeze(summed))
 
 
 def contraction_truth(a, a_labels, b, b_labels, out, dy, fmt, *, known=True):
@@ -318,7 +320,9 @@ def contraction_truth(a, a_labels, b, b_labels, out, dy, fmt, *, known=True):
     batch = [n for n in out if n in first.labels and n in second.labels]
     rows = [n for n in out if n in first.labels and n not in batch]
     columns = [n for n in out if n in second.labels and n not in batch]
-    swapped = [*batch, *rows, *columns] != list(out) == [*batch, *columns, *rows]
+    # Its rows are the free axes of the factor that the first of them belongs to.
+    free = next((n for n in out if n not in batch), None)
+    swapped = free in columns and bool(rows or set(groups) & set(columns))
     if swapped:
         (second, groups, _), (first, _, _) = sides
         rows, columns = columns, rows

@@ -73,6 +73,13 @@ def q_max(bits):
     return 2 ** (bits - 1) - 1
 
 
+def more_bits(sums, bits_b):
+    """How many bits the second factor has more after it was aligned, given the exponents along the
+    product's sums."""
+    differ = any(len(set(ek)) > 1 and NAN_EXPONENT not in ek for ek in sums)
+    return int(differ and bits_b < 16)
+
+
 def chain(bits_a, bits_b):
     return (2**31 - 1) // (q_max(bits_a) * q_max(bits_b))
 
@@ -131,22 +138,25 @@ def naive_quantize(x, bits, rounding, exponent=None, seed=0, tensor_id=0, step=0
     return q, exponent
 
 
-def sum_of_groups(terms, ek, e, length, accumulation):
+def sum_of_groups(terms, ek, e, more, length, accumulation):
     """The float32 bits of a sum over pairs (a, b) of mantissas, in chunks of `length`.
 
     Args:
         terms: The pairs.
         ek: Of each pair, the sum of those exponents of a and b that differ along the sum.
         e: The sum of the other ones.
+        more: Bits that b has more after it was aligned.
         length: Pairs of a chunk.
         accumulation: "exact" or "spill".
     """
     if NAN_EXPONENT in (e, *ek):
         return NAN_BITS
     most = max(ek, default=0)
-    products = [a * round(b / power(most - one)) for (a, b), one in zip(terms, ek, strict=True)]
+    products = [
+        a * round(b * 2**more / power(most - one)) for (a, b), one in zip(terms, ek, strict=True)
+    ]
     chunks = [sum(products[k : k + length]) for k in range(0, len(products), length)]
-    return product(chunks, most + e, accumulation)
+    return product(chunks, most + e - more, accumulation)
 
 
 def added(*exponents):
@@ -211,7 +221,7 @@ def links(case):
                 yield Link((n, *i, channel), w, (n, *o, filter_), tap, pixel, c, f)
 
 
-def naive(case, which, a, ea, b, eb, length, accumulation):
+def naive(case, which, a, ea, b, eb, bits, accumulation):
     """Bits of the forward product (x, w), the input (dy, w) or the weight gradient (x, dy).
 
     Exponents of x and dy are those of their images.
@@ -222,8 +232,11 @@ def naive(case, which, a, ea, b, eb, length, accumulation):
     if which == "weight":
         images = [added(*pair) for pair in zip(ea, eb, strict=True)]
         most = NAN_EXPONENT if NAN_EXPONENT in images else max(images, default=0)
+        more = more_bits([images], bits[1])
     else:
         images = [added(e, eb) for e in ea]
+        more = 0
+    length = chain(bits[0], bits[1] + more)
     for link in links(case):
         if which == "forward":
             element, term = link.y, int(a[link.x]) * int(b[link.w])
@@ -238,7 +251,7 @@ def naive(case, which, a, ea, b, eb, length, accumulation):
         else:
             element, term = link.w, 0
             if most != NAN_EXPONENT:
-                aligned = round(int(b[link.y]) / power(most - images[link.y[0]]))
+                aligned = round((int(b[link.y]) << more) / power(most - images[link.y[0]]))
                 term = int(a[link.x]) * aligned
             chunk = link.pixel // length
         sums[element][chunk] += term
@@ -246,7 +259,7 @@ def naive(case, which, a, ea, b, eb, length, accumulation):
     result = []
     for element in itertools.product(*map(range, shape)):
         chunks = [total for _, total in sorted(sums[element].items())]
-        e = most if which == "weight" else images[element[0]]
+        e = added(most, -more) if which == "weight" else images[element[0]]
         result.append(NAN_BITS if e == NAN_EXPONENT else product(chunks, e, accumulation))
     return shape, result
 
@@ -331,7 +344,7 @@ def compare(case, which, seed, bits_a, bits_b, kind, exponents, accumulation):
     ea = of_images(case, ea) if case.batch else []
     if which == "weight":
         eb = of_images(case, eb) if case.batch else []
-    shape, expected = naive(case, which, qa, ea, qb, eb, chain(bits_a, bits_b), accumulation)
+    shape, expected = naive(case, which, qa, ea, qb, eb, (bits_a, bits_b), accumulation)
     assert y.dtype == np.float32
     assert y.shape == shape
     assert bits_of(y) == expected
@@ -805,12 +818,15 @@ def test_matmul_of_groups(data):
         drawn = draw(st.lists(EXPONENTS, min_size=size, max_size=size))
         exponents.append(np.array(drawn, np.int32).reshape(shape))
     ea, eb = (np.broadcast_to(e, q.shape) for e, q in zip(exponents, (qa, qb), strict=True))
-    expected = []
+    sums = []
     for *n, i, j in itertools.product(*map(range, batch), range(rows), range(columns)):
         a, b = (*n, i), (*n, slice(None), j)
         terms = list(zip(qa[a].tolist(), qb[b].tolist(), strict=True))
         ek = [added(*pair) for pair in zip(ea[a].tolist(), eb[b].tolist(), strict=True)]
-        expected.append(sum_of_groups(terms, ek, 0, chain(a_bits, b_bits), accumulation))
+        sums.append((terms, ek))
+    more = more_bits([ek for _, ek in sums], b_bits)
+    length = chain(a_bits, b_bits + more)
+    expected = [sum_of_groups(terms, ek, 0, more, length, accumulation) for terms, ek in sums]
     y = reference.matmul(
         *(qa, exponents[0], qb, exponents[1]),
         a_bits=a_bits,
@@ -827,8 +843,11 @@ def test_alignment_rounds_to_nearest_even_and_to_nothing():
         for b in (1, 2, 3, 5, 6, 7, 8191, 8190, 2 ** min(shift, 13) - 1, 3 * 2 ** min(shift, 12)):
             for sign in (1, -1):
                 qa, qb = np.array([[1, 1]], np.int16), np.array([[sign * b], [0]], np.int16)
-                y = reference.matmul(qa, np.array([[-shift, 0]]), qb, 0, b_bits=15)
+                y = reference.matmul(qa, np.array([[-shift, 0]]), qb, 0, b_bits=16)
                 assert y == round(sign * b / power(shift))
+                # With room for it, nothing is rounded but beyond one bit more.
+                y = reference.matmul(qa, np.array([[-shift, 0]]), qb, 0, b_bits=15)
+                assert y == round(2 * sign * b / power(shift)) / 2
 
 
 def test_spilling_adds_chunks_in_order():

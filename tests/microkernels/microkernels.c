@@ -440,12 +440,15 @@ static int16_t any_int16(void) {
 /* A double holds every bit of it, and is rounded to nearest with ties to even. */
 static int aligned(int v, int shift) { return (int)nearbyint(ldexp(v, -shift)); }
 
+/* Of what is doubled there is room for twice as much. */
+static int16_t alignable(int shift) { return any_int16() / (shift < 0 ? 2 : 1); }
+
 static void check_align(void) {
     static int16_t from[MAX_LONG], space[MAX_LONG + 34];
     const int64_t n = word() % 16 ? between(0, MAX_N) : between(0, MAX_LONG);
-    const int shift = between(0, 16), in_place = word() % 2;
+    const int shift = between(-1, 16), in_place = word() % 2;
     int16_t *const to = space + between(1, 32);
-    for (int64_t i = 0; i < n; i++) from[i] = any_int16();
+    for (int64_t i = 0; i < n; i++) from[i] = alignable(shift);
     to[-1] = to[n] = 12345;
     if (in_place) memcpy(to, from, n * sizeof *to);
     kernel->align(in_place ? to : from, n, shift, to);
@@ -465,9 +468,9 @@ static void check_align_rows(void) {
     const int many = word() % 2;
     int shifts[STEP];
     for (int k = 0; k < STEP; k++) {
-        for (int i = 0; i < LONG; i++) data[k][i] = any_int16();
         rows[k] = word() % 8 ? data[k] : NULL;
-        shifts[k] = many ? between(0, 16) : k < 20 ? 3 : 0;
+        shifts[k] = many ? between(-1, 16) : k < 20 ? 3 : 0;
+        for (int i = 0; i < LONG; i++) data[k][i] = alignable(shifts[k]);
     }
     space[STEP * TILE] = 12345;
     kernel->align_rows(rows, c, n, shifts, space, got);
@@ -486,9 +489,9 @@ static void check_align_pairs(void) {
     static int16_t before[2 * MAX_N];
     static int16_t pairs[2 * MAX_N + 36] __attribute__((aligned(4)));
     const int64_t count = between(0, MAX_N);
-    const int shift[2] = {between(0, 16), between(0, 16)};
+    const int first = between(-1, 16), shift[2] = {first, word() % 2 ? first : between(-1, 16)};
     int16_t *const p = pairs + 2 * between(1, 16);
-    for (int64_t i = 0; i < 2 * count; i++) p[i] = before[i] = any_int16();
+    for (int64_t i = 0; i < 2 * count; i++) p[i] = before[i] = alignable(shift[i % 2]);
     p[-1] = p[2 * count] = 12345;
     kernel->align_pairs(p, count, shift[0], shift[1]);
     for (int64_t i = 0; i < 2 * count; i++) {
