@@ -22,7 +22,7 @@ import time
 
 from cython.parallel cimport parallel, prange
 from libc.math cimport INFINITY, NAN, ldexp
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strcmp

@@ -53,6 +53,19 @@ cdef inline int shift_of(const Shifts* s, int64_t item, int64_t k) noexcept nogi
     return s.shift[(item * s.item + k) // s.per]
 
 
+cdef bint any_doubled(const Shifts* s, int64_t item, int64_t k, int64_t count) noexcept nogil:
+    """Do any of `count` products from k on have the bit more?"""
+    cdef int64_t group, end
+    if s.shift == NULL:
+        return False
+    group, end = (item * s.item + k) // s.per, (item * s.item + k + count - 1) // s.per
+    while group <= end:
+        if s.shift[group] < 0:
+            return True
+        group += 1
+    return False
+
+
 cdef void shifts_of(const Shifts* s, int64_t item, int64_t k, int64_t count,
                     int* out) noexcept nogil:
     """Those of `count` products from k on, 0 up to 64."""
@@ -202,6 +215,6 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
 
 cdef inline int64_t along_k(const Operand* a, const Operand* b, bint a_k, bint b_k,
                             int64_t k) noexcept nogil:
-    """The exponents of product k, counted through all items; not clamped, since differences count."""
+    """The exponents of product k, counted through all items; not clamped: differences count."""
     cdef int64_t e1 = a.e[k // a.per] if a_k else 0, e2 = b.e[k // b.per] if b_k else 0
     return NAN_EXPONENT if e1 == NAN_EXPONENT or e2 == NAN_EXPONENT else e1 + e2

@@ -53,7 +53,8 @@ cdef struct Gemm:
     int64_t tile_values         # sums that lie together
     int64_t mb, nb, kb, m_blocks, n_blocks
     int64_t segment         # spill: products after which chains restart, in K
-    int64_t chain           # products of a chain
+    int64_t chain           # products of a chain,
+    int64_t long_chain      # and where no mantissa of B has the bit more of aligned ones
     bint packed_b           # B is packed once, for all tasks
     bint carry              # partial sums wait in acc between blocks of K
     int64_t splits          # K is shared out among this many tasks per block of C, in parts of
@@ -114,6 +115,9 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
         g.kb = BLOCK_K
     if g.spill:
         plan_spill(g, limit)
+    g.long_chain = g.chain
+    if not g.spill and g.exponents.shifts.more:
+        g.long_chain = safe_chain(g.a_bits, g.b_bits - 1, 65535) // 2 * 2
 
     g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
     share_out(g, BLOCK_MN)
@@ -264,6 +268,7 @@ cdef struct Block:
     bint careful                # which some are
     bint first, last            # is this the first, the last block of K?
     bint flush                  # does hi have to be emptied after it?
+    int64_t chain               # of products in it
     int64_t since_flush         # products summed since it was
 
 
@@ -310,6 +315,9 @@ cdef void gemm_task(void* work, int64_t i, int thread) noexcept nogil:
         block.last = k0 + kc >= g.k and g.splits == 1
         block.since_flush += kc
         block.flush = g.wide and block.since_flush + g.kb > g.narrow_k
+        block.chain = g.long_chain
+        if any_doubled(&g.exponents.shifts, block.item, k0, kc):
+            block.chain = g.chain
         pack_a(&g.a, g.a.data + block.item * g.a_batch, block.m0, block.mc, k0, kc, a_pack, &a)
         for panel in range((block.nc + nr - 1) // nr):
             if g.packed_b:
@@ -353,7 +361,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
     cdef dfp_tile tile
     tile.row_stride, tile.pair_stride = a.row_stride, a.pair_stride
     tile.b = b
-    tile.pairs, tile.segment, tile.chain = pairs, segment, (g.chain + 1) // 2
+    tile.pairs, tile.segment, tile.chain = pairs, segment, (block.chain + 1) // 2
     tile.column_scale = NULL
     if block.column_scale != NULL:
         tile.column_scale = block.column_scale + panel * nr

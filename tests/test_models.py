@@ -85,7 +85,7 @@ def case(name, mode, *marks):
         case("ResNet50", "graph", pytest.mark.slow),
         case("MobileNetV2", "eager"),
         case("MobileNetV2", "graph", pytest.mark.slow),
-        case("EfficientNetB0", "eager"),
+        case("EfficientNetB0", "eager", pytest.mark.slow),
         case("EfficientNetB0", "graph", pytest.mark.slow),
         case("subclassed", "graph"),
         case("LSTM", "graph"),

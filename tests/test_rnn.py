@@ -319,7 +319,7 @@ FUNCTIONS = {
 }
 
 
-SLOW = ("stacked", "Bidirectional", "LSTM", "nested")
+SLOW = ("stacked", "Bidirectional", "LSTM", "nested", "unrolled")
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ MOVEMENTS = {
     ),
     "unbatched": (lambda x: ops.image.extract_patches(x, 4, dilation_rate=1), (8, 8, 2)),
     "patches and operator": (
-        lambda x: ops.image.extract_patches(x, 4)[..., :1] @ tf.ones((1, 1)),
+        lambda x: ops.image.extract_patches(x, 4)[..., :2] @ tf.ones((2, 1)),
         (2, 8, 8, 2),
     ),
 }
@@ -311,6 +311,40 @@ def test_what_follows_moved_data_is_multiplied_as_always():
     extract, shape = MOVEMENTS["patches and operator"]
     found = decisions(Patches(extract, own=True, dtype="dfp16"), normal(*shape))
     assert [f[:2] for f in found] == [("extract_patches", False), ("matmul", True)]
+
+
+OUTER = {
+    "einsum": lambda t, f: ops.einsum("t,f->tf", t, f),
+    "einsum of batches": lambda t, f: ops.einsum("bt,bf->btf", t[None], f[None])[0],
+    "matmul": lambda t, f: ops.matmul(t[:, None], f[None]),
+    "tensordot": lambda t, f: ops.tensordot(t, f, axes=0),
+    "operator": lambda t, f: t[:, None] @ f[None],
+}
+
+
+@pytest.mark.parametrize("scope", ["weights", "all"])
+@pytest.mark.parametrize("kind", OUTER)
+def test_an_outer_product_is_left_to_float32(kind, scope):
+    """Positions times frequencies, in a layer that has weights too."""
+
+    class Rotary(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(shape[-1], 6))
+
+        def call(self, x):
+            angles = OUTER[kind](ops.arange(5.0), ops.power(1e4, -ops.arange(6.0) / 6))
+            return ops.matmul(x, self.w) + angles
+
+    layer = Rotary(dtype=DFPPolicy(scope=scope))
+    found = [f[:2] for f in decisions(layer, normal(2, 5, 4))]
+    operation = "matmul" if kind == "operator" else kind.split()[0]
+    assert sorted(found) == sorted([("matmul", True), (operation, scope == "all")])
+
+
+def test_a_single_feature_times_a_variable_is_no_outer_product():
+    assert [f[:2] for f in decisions(layers.Dense(3, dtype="dfp16"), normal(8, 1))] == [
+        ("matmul", True)
+    ]
 
 
 def test_patches_as_a_node_of_a_functional_model():

@@ -353,7 +353,7 @@ def test_policies_by_word():
     [
         ("int8", "There is no policy 'int8'; there are float32, dfp16"),
         ("float32:mantissa_bits=9", "float32 has no options"),
-        ("dfp16:bits=9", "accumulation, products, scope; got 'bits=9'"),
+        ("dfp16:bits=9", "products, exponents, scope; got 'bits=9'"),
         ("dfp16:mantissa_bits", "takes :option=value"),
         ("dfp16:mantissa_bits=7", "integer from 8 to 16; got 7"),
         ("dfp16:mantissa_bits=ten", "integer from 8 to 16; got 'ten'"),

@@ -198,13 +198,14 @@ TARGET static int64_t DFP_CAT(zeros__, ISA)(const int16_t *q, int64_t n) {
 }
 
 TARGET static int DFP_CAT(suspect__, ISA)(const float *x, const int16_t *q, int64_t n) {
-    enum { SAMPLE = 16, EVERY = 8 };
+    enum { SAMPLE = 16 };
     if (n < 2048) return 2 * DFP_CAT(zeros__, ISA)(q, n) >= n;
-    /* Of every 128 elements 16, now these, now those: channels repeat themselves. */
+    /* Of so many elements 16, now these, now those: channels repeat themselves. */
+    const int64_t every = n < 8192 ? 8 : 32;
     int32_t nonzero[SAMPLE] = {0}, lost[SAMPLE] = {0};
     const uint32_t *bits = (const uint32_t *)x;
-    for (int64_t v = 0; v + EVERY <= n / SAMPLE; v += EVERY) {
-        const int64_t at = (v + (v / EVERY * 5) % EVERY) * SAMPLE;
+    for (int64_t v = 0, now = 0; v + every <= n / SAMPLE; v += every, now = (now + 5) % every) {
+        const int64_t at = (v + now) * SAMPLE;
         for (int i = 0; i < SAMPLE; i++) {
             const int32_t here = (bits[at + i] & 0x7fffffffu) != 0;
             nonzero[i] += here;

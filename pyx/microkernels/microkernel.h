@@ -201,7 +201,7 @@ typedef struct {
     /* How many mantissas are zero. */
     int64_t (*zeros)(const int16_t *q, int64_t n);
     /* Whether it may be that half of the elements of x that are not zero have a mantissa of zero;
-     * of many, an eighth is looked at. */
+     * of many, some are looked at. */
     int (*suspect)(const float *x, const int16_t *q, int64_t n);
     /* to[i] = RN(from[i] * 2**-shift), ties to even, -1 <= shift <= 16; `to` may be `from`. */
     void (*align)(const int16_t *from, int64_t n, int shift, int16_t *to);
