@@ -4,8 +4,9 @@
 
 Trains ResNet-20 in float32. Before the first epoch and after some, it computes the gradients of the
 same batches with the same weights under every policy. The error of a kernel is the norm of the
-difference to float32's gradient, of float32's; of each policy and stage it prints the median over
-kernels, and the worst kernel's, both averaged over batches. It goes on where it was stopped.
+difference to float32's gradient, of float32's, averaged over batches. Of each policy and stage it
+prints the median over kernels and the worst kernel's; then every kernel's, of some policies; and
+draws these. It goes on where it was stopped.
 """
 
 import itertools
@@ -32,6 +33,12 @@ POLICIES = (
     *(f"dfp16:exponents=tensor:mantissa_bits={bits}" for bits in BITS),
     *(f"dfp16:mantissa_bits={bits}" for bits in BITS),
 )
+SHOWN = {
+    "mixed_bfloat16": "bfloat16",
+    "dfp16:exponents=tensor:mantissa_bits=14": "14 bits, tensor",
+    "dfp16:mantissa_bits=14": "14 bits",
+    "dfp16:mantissa_bits=16": "16 bits",
+}
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -71,7 +78,10 @@ def main(data: str, output: Path, batch_size: int, batches: int, epochs: str) ->
                 np.savez(file, *map(keras.ops.convert_to_numpy, variables))
         done = stage
         results[stage] = errors(output, stage, model, pipeline, batches)
+    names = [w.path.split("/")[-2] for w in model.trainable_variables if network.is_kernel(w)]
     table(results)
+    table_of_kernels(results, names)
+    plot(results, names, output / "gradient_errors.png")
 
 
 def errors(output, stage, model, pipeline, batches) -> dict[str, list[float]]:
@@ -113,6 +123,34 @@ def table(results: dict[int, dict[str, list[float]]]) -> None:
             f"{np.median(found[name]):.2%}, {max(found[name]):.2%}" for found in results.values()
         ]
         print(f"| `{name}` | " + " | ".join(cells) + " |")
+
+
+def table_of_kernels(results: dict[int, dict[str, list[float]]], names: list[str]) -> None:
+    print("\n| kernel |" + f" {' | '.join(SHOWN.values())} |" * len(results))
+    print("|---" + "|---:" * len(SHOWN) * len(results) + "|")
+    for i, name in enumerate(names):
+        cells = [f"{100 * found[p][i]:.2f}" for found in results.values() for p in SHOWN]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def plot(results: dict[int, dict[str, list[float]]], names: list[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, (stage, found) in zip(panels, results.items(), strict=True):
+        for (name, label), marker in zip(SHOWN.items(), "sovD", strict=True):
+            axes.plot([100 * e for e in found[name]], marker=marker, ms=4, label=label)
+        axes.set_title(f"after {stage} epoch{'s' * (stage != 1)}")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("error of the gradient, % of float32's")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(SHOWN))
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 if __name__ == "__main__":
