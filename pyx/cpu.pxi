@@ -83,7 +83,7 @@ cdef extern from "microkernels/table.h" nogil:
                            const uint32_t*, uint64_t, int16_t*) noexcept nogil
         void (*count)(const float*, const int16_t*, int64_t, uint32_t, int64_t*) noexcept nogil
         int64_t (*zeros)(const int16_t*, int64_t) noexcept nogil
-        bint (*suspect)(const float*, const int16_t*, int64_t) noexcept nogil
+        void (*sample)(const float*, const int16_t*, int64_t, int64_t*) noexcept nogil
         void (*align)(const int16_t*, int64_t, int, int16_t*) noexcept nogil
         void (*align_rows)(const int16_t**, int64_t, int64_t, const int*, int16_t*,
                            const int16_t**) noexcept nogil

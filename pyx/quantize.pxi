@@ -14,6 +14,7 @@ cdef enum:
     QUANTIZE_CHUNK = 131072     # a task's elements, at least: 20 us of work
     QUANTIZE_GROUP = 524288     # of a group that stays in a cache while it is read twice
     TELLING = 64                # elements that are not zero, fewer of which tell nothing
+    SAMPLED = 8192              # elements, from which on a sample tells where to look closer
 
 cdef struct Quantize:
     const float* x
@@ -55,6 +56,28 @@ cdef inline int32_t exponent_of(const Quantize* z, int64_t group, uint32_t most)
     return floor_log2(max(most, 1u)) - (z.bits - 2)
 
 
+cdef bint round_and_watch(Quantize* z, int64_t group, int64_t first, int64_t n,
+                          bint stream) noexcept nogil:
+    """round_group; returns whether it may be that half of what is not zero became zero."""
+    cdef int64_t counts[2]
+    cdef int64_t end = first + n, part
+    cdef const int16_t* q = z.q + group * z.n
+    if not z.watching:
+        round_group(z, group, first, n, stream)
+        return False
+    if n < SAMPLED:
+        round_group(z, group, first, n, stream)
+        return n >= TELLING and 2 * kernel.zeros(q + first, n) >= n
+    memset(counts, 0, sizeof(counts))
+    while first < end:
+        # While it is in the nearest cache.
+        part = min(<int64_t>SAMPLED, end - first)
+        round_group(z, group, first, part, stream)
+        kernel.sample(z.x + group * z.n + first, q + first, part, counts)
+        first += part
+    return counts[0] and 5 * counts[1] >= 2 * counts[0]
+
+
 cdef void round_group(Quantize* z, int64_t group, int64_t first, int64_t n,
                       bint stream) noexcept nogil:
     """Writes n mantissas of a group from element `first` on."""
@@ -78,7 +101,7 @@ cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
     """Whole groups, read and written in one go."""
     cdef Quantize* z = <Quantize*>work
     cdef int64_t first = i * z.block, count = min(z.groups - first, z.block), g, at = first * z.n
-    cdef int64_t counts[3]
+    cdef bint suspect
     if 0 < z.n <= DFP_SHORT:
         if z.given == NULL:
             kernel.exponents(z.x + at, count, z.n, z.bits, z.e + first)
@@ -94,24 +117,30 @@ cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
             for g in range(first, first + count):
                 if z.e[g] == NAN_EXPONENT:
                     memset(z.q + g * z.n, 0, z.n * sizeof(int16_t))
+        suspect = z.counting or (z.watching and z.n >= TELLING and may_lose(z, at, count * z.n))
+        for g in range(first, first + count if suspect else first):
+            if z.counting or 2 * kernel.zeros(z.q + g * z.n, z.n) >= z.n:
+                look_closer(z, g)
     else:
         for g in range(first, first + count):
             z.e[g] = exponent_of(z, g, kernel.absmax_bits(z.x + g * z.n, z.n))
-            round_group(z, g, 0, z.n, z.stream)
-    if z.counting or (z.watching and z.n >= TELLING and may_lose(z, at, count * z.n)):
-        for g in range(first, first + count):
-            if z.counting or kernel.suspect(z.x + g * z.n, z.q + g * z.n, z.n):
-                memset(counts, 0, sizeof(counts))
-                count_group(z, g, 0, z.n, counts)
-                add_counts(z.counts, counts)
-                weigh(z, counts)
+            suspect = round_and_watch(z, g, 0, z.n, z.stream)
+            if suspect or z.counting:
+                look_closer(z, g)
+
+
+cdef void look_closer(Quantize* z, int64_t group) noexcept nogil:
+    """Counts all of a group."""
+    cdef int64_t counts[3]
+    memset(counts, 0, sizeof(counts))
+    count_group(z, group, 0, z.n, counts)
+    add_counts(z.counts, counts)
+    weigh(z, counts)
 
 
 cdef inline bint may_lose(const Quantize* z, int64_t first, int64_t n) noexcept nogil:
     """Have small groups any chance to have lost what is worth looking for?"""
     cdef int64_t i
-    if z.n > 2 * DFP_SHORT:
-        return True
     # Half of a group, or half of that where it lies in two blocks.
     for i in range(first, first + n, 1024):
         if kernel.zeros(z.q + i, min(first + n - i, <int64_t>1024)) >= TELLING // 4:
@@ -132,13 +161,13 @@ cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef int64_t group = i // z.pieces, first = i % z.pieces * z.piece
     cdef int64_t n = min(z.piece, z.n - first)
     cdef int64_t counts[3]
-    round_group(z, group, first, n, z.stream)
+    cdef bint suspect = round_and_watch(z, group, first, n, z.stream)
     if z.counting:
         memset(counts, 0, sizeof(counts))
         count_group(z, group, first, n, counts)
         add_counts(z.counts, counts)
         add_counts(z.group_counts + 3 * group, counts)
-    elif z.watching and kernel.suspect(z.x + group * z.n + first, z.q + group * z.n + first, n):
+    elif suspect:
         # Only a mark: the whole group has to be counted.
         dfp_atomic_add(z.group_counts + 3 * group, 1)
 

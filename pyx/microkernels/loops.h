@@ -197,14 +197,13 @@ TARGET static int64_t DFP_CAT(zeros__, ISA)(const int16_t *q, int64_t n) {
     return total;
 }
 
-TARGET static int DFP_CAT(suspect__, ISA)(const float *x, const int16_t *q, int64_t n) {
-    enum { SAMPLE = 16 };
-    if (n < 2048) return 2 * DFP_CAT(zeros__, ISA)(q, n) >= n;
-    /* Of so many elements 16, now these, now those: channels repeat themselves. */
-    const int64_t every = n < 8192 ? 8 : 32;
+TARGET static void DFP_CAT(sample__, ISA)(const float *x, const int16_t *q, int64_t n,
+                                          int64_t *counts) {
+    /* Of every 32 vectors one, now this, now that: channels repeat themselves. */
+    enum { SAMPLE = 16, EVERY = 32 };
     int32_t nonzero[SAMPLE] = {0}, lost[SAMPLE] = {0};
     const uint32_t *bits = (const uint32_t *)x;
-    for (int64_t v = 0, now = 0; v + every <= n / SAMPLE; v += every, now = (now + 5) % every) {
+    for (int64_t v = 0, now = 0; v + EVERY <= n / SAMPLE; v += EVERY, now = (now + 5) % EVERY) {
         const int64_t at = (v + now) * SAMPLE;
         for (int i = 0; i < SAMPLE; i++) {
             const int32_t here = (bits[at + i] & 0x7fffffffu) != 0;
@@ -212,9 +211,7 @@ TARGET static int DFP_CAT(suspect__, ISA)(const float *x, const int16_t *q, int6
             lost[i] += here & (q[at + i] == 0);
         }
     }
-    int64_t some = 0, none = 0;
-    for (int i = 0; i < SAMPLE; i++) some += nonzero[i], none += lost[i];
-    return some && 5 * none >= 2 * some;
+    for (int i = 0; i < SAMPLE; i++) counts[0] += nonzero[i], counts[1] += lost[i];
 }
 
 /* RN(v * 2**-shift) of an int32, ties to even; shift from -1 on. */
@@ -514,7 +511,7 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
     DFP_CAT(absmax_bits__, ISA), DFP_CAT(quantize_f32_s16__, ISA),                       \
         DFP_CAT(exponents__, ISA), DFP_CAT(quantize_groups__, ISA),                      \
         DFP_CAT(stochastic_f32_s16__, ISA), DFP_CAT(count__, ISA),                       \
-        DFP_CAT(zeros__, ISA), DFP_CAT(suspect__, ISA),                                  \
+        DFP_CAT(zeros__, ISA), DFP_CAT(sample__, ISA),                                   \
         DFP_CAT(align_s16__, ISA), DFP_CAT(align_rows_s16__, ISA),                       \
         DFP_CAT(align_pairs_s16__, ISA),                                                 \
         DFP_CAT(interleave_s16__, ISA), DFP_CAT(copy_rows_s16__, ISA),                   \

@@ -200,9 +200,8 @@ typedef struct {
     void (*count)(const float *x, const int16_t *q, int64_t n, uint32_t limit, int64_t *counts);
     /* How many mantissas are zero. */
     int64_t (*zeros)(const int16_t *q, int64_t n);
-    /* Whether it may be that half of the elements of x that are not zero have a mantissa of zero;
-     * of many, some are looked at. */
-    int (*suspect)(const float *x, const int16_t *q, int64_t n);
+    /* counts[0] and counts[1] as by `count`, but of one element in 32: of n / 512 times 16. */
+    void (*sample)(const float *x, const int16_t *q, int64_t n, int64_t *counts);
     /* to[i] = RN(from[i] * 2**-shift), ties to even, -1 <= shift <= 16; `to` may be `from`. */
     void (*align)(const int16_t *from, int64_t n, int shift, int16_t *to);
     /* The same for the elements c to c + n, n <= DFP_DIGIT_TILE, of DFP_DIGIT_STEP rows with a shift
