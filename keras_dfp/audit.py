@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.random.seed_generator import global_seed_generator as global_seed
 
 from keras_dfp import auditing
 from keras_dfp.backend.registry import installed
@@ -19,6 +20,8 @@ from keras_dfp.number import DFPFormat
 
 # Above this an error is worth a word of advice: bfloat16 rounds each factor by up to 0.4 %.
 NOTABLE = 0.01
+# From here on, two bits more would not help.
+LARGE = 0.1
 MUCH = 0.5
 _COLUMNS = (
     "layer", "product", "output", "(all)", "input grad", "weight grad", "(all)", "lost x", "w",
@@ -136,7 +139,8 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
     The batch runs forward and backward twice, eagerly, under the model's policy and in float32. For
     each product on integers it is told how far its results are from float32's, how much of its
     operands became zero when they were quantised, and what may help. The model is left as it was.
-    It takes the memory of the batch's activations several times over: a small batch will do.
+    It takes the memory of the batch's activations several times over: a small batch will do. Layers
+    that are computed again in the backward pass (`keras.remat`) show no errors of gradients.
 
     Args:
         model: A Keras model with a `DFPPolicy` in some of its layers.
@@ -163,7 +167,8 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
             "audit: labels need a loss, and the model has none. Compile it, or leave out y."
         )
     x = keras.tree.map_structure(tf.convert_to_tensor, x)
-    model(x, training=False)  # builds it, outside of what is watched
+    if not model.built:
+        model(x, training=False)  # outside of what is watched
     rounded, rounded_loss, rounded_gradients = _run(model, x, y, training, float32=False)
     exact, exact_loss, exact_gradients = _run(model, x, y, training, float32=True)
     if not rounded:
@@ -183,7 +188,9 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
 
 def _run(model, x, y, training: bool, float32: bool):
     """Returns the products of a step, its loss, and the gradients of variables by their id."""
-    state = [keras.ops.convert_to_numpy(v) for v in model.variables]
+    # Also what metrics have seen, and the noise that is drawn without a seed.
+    kept = [*model.variables, *getattr(model, "metrics_variables", ()), global_seed().state]
+    state = [keras.ops.convert_to_numpy(v) for v in kept]
     watch = auditing.Watch(float32)
     eagerly = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
@@ -193,10 +200,11 @@ def _run(model, x, y, training: bool, float32: bool):
                 outputs = model(x, training=training)
             loss = _projection(outputs) if y is None else model.compute_loss(x, y, outputs)
         variables = [v.value for v in model.trainable_variables]
-        gradients = tape.gradient(loss, variables)
+        with watch.backward():
+            gradients = tape.gradient(loss, variables)
     finally:
         tf.config.run_functions_eagerly(eagerly)
-        for variable, value in zip(model.variables, state, strict=True):
+        for variable, value in zip(kept, state, strict=True):
             variable.assign(value)
     by_id = {
         id(v): None if g is None else tf.convert_to_tensor(g)
@@ -302,7 +310,9 @@ def _is_variable(x) -> bool:
 
 
 def _value(x):
-    return x.value if isinstance(x, keras.Variable) else x
+    if isinstance(x, keras.Variable):
+        return x.value
+    return x if isinstance(x, tf.Variable) else tf.convert_to_tensor(x)
 
 
 def _gradients(product: Callable, operands: Sequence[Any], dy):
@@ -328,7 +338,7 @@ def _advice(row: dict[str, Any], fmt: DFPFormat) -> str:
     path = row["path"]
     if fmt.exponents == "tensor":
         return "exponents='sample': small samples share the exponent of large ones"
-    if fmt.mantissa_bits < 16 and not (much_lost and worst >= 0.1):
+    if fmt.mantissa_bits < 16 and not (much_lost and worst >= LARGE):
         return f"overrides={{{path!r}: {{'mantissa_bits': 16}}}}"
     return f"exclude=[{path!r}]: its values span more than 16 bits hold"
 

@@ -88,12 +88,14 @@ class Watch:
     def __init__(self, float32: bool):
         self.float32 = float32
         self.calls: list[Call] = []
-        self.running = True
+        self.is_forward = True
 
     def product(self, layer, operation, fmt, operands, ours, stock) -> tf.Tensor:
-        """Computes a product and notes it."""
+        """Computes a product and, in the forward pass, notes it."""
         with _watched(None):  # what it is made of is no product of the layer
             y = (stock if self.float32 else ours)(*operands)
+        if not self.is_forward:
+            return y
         call = Call(layer, operation, fmt, list(operands), ours, stock, y)
         self.calls.append(call)
 
@@ -107,11 +109,15 @@ class Watch:
 
         return through(y)
 
-    @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self):
         """Watches the products inside."""
-        with _watched(self):
-            yield
+        self.is_forward = True
+        return _watched(self)
+
+    def backward(self):
+        """Computes what the backward pass computes again in the same arithmetic."""
+        self.is_forward = False
+        return _watched(self)
 
 
 _local = threading.local()

@@ -182,6 +182,10 @@ class Factor:
         return cls(dy, lambda: dy, operand)
 
     @property
+    def rank(self) -> int:
+        return self._like.shape.rank
+
+    @property
     def sizes(self) -> Sizes:
         return Sizes(tf.shape(self._like), self._like.shape)
 
@@ -215,7 +219,7 @@ class Product:
         """Returns the product of two float32 tensors, computed by stock TensorFlow."""
         raise NotImplementedError
 
-    def output_groups(self, dy) -> int:
+    def output_groups(self, first: Factor) -> int:
         """Returns how many leading axes of the output are samples, or rows of them."""
         return 1
 
@@ -227,7 +231,7 @@ class Product:
         """Returns the gradients of both factors, None where one is not wanted."""
         # A gather of the product's rows sends back IndexedSlices.
         dy = tf.convert_to_tensor(dy)
-        groups = 0 if self.attrs["exponents"] == "tensor" else self.output_groups(dy)
+        groups = 0 if self.attrs["exponents"] == "tensor" else self.output_groups(first)
         dy = Factor.incoming(dy, self.attrs[self.output_bits], self.attrs["rounding"], groups)
         results = []
         for (product, a, b), mode, want in zip(
@@ -301,8 +305,8 @@ class Matmul(Product):
         batch = first.q.shape[:-2].merge_with(second.q.shape[:-2])
         return _known(y, [*batch, rows, columns])
 
-    def output_groups(self, dy):
-        return dy.shape.rank - 1
+    def output_groups(self, first):
+        return first.rank - 1
 
     def float32(self, first, second):
         attrs = self.attrs
@@ -404,7 +408,7 @@ class ConvFilterGradient(_Convolution):
 
     output_bits = "w_bits"
 
-    def output_groups(self, dy):
+    def output_groups(self, first):
         return 0
 
     def dfp(self, first, second):

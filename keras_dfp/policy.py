@@ -60,8 +60,9 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         overrides: Dict from the pattern of a layer to what it has instead: a dict of the options
             above that differ, another DFPPolicy, `"dfp16"` or `"float32"`. The first pattern
             that matches counts; overrides go before `exclude` and before what Keras layers stay
-            FP32 by default (preprocessing, the power iteration of `SpectralNormalization`). They
-            take all products of the layers they match, unless they say `scope="weights"`.
+            FP32 by default (preprocessing, the power iteration of `SpectralNormalization`).
+
+    Convolutions that only move data, as in `keras.ops.image.extract_patches`, are never rounded.
 
     Patterns are shell-style (`*`, `?`, `[...]`) and match a layer's full path, such as
     `"encoder/attention/query"`, or its last component, `"query"`. `*` matches `/` too:
@@ -87,7 +88,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         accumulation: str = "exact",
         products: Iterable[str] = PRODUCTS,
         exponents: str = "sample",
-        scope: str | None = None,
+        scope: str = "weights",
         exclude: Iterable[str] = (),
         overrides: Mapping[str, Any] | None = None,
     ):
@@ -102,11 +103,9 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
             exponents="tensor" if name == "dfp16_paper" else exponents,
             products=products if isinstance(products, str) else tuple(products),
         )
-        if scope not in (None, *SCOPES):
+        if scope not in SCOPES:
             raise ValueError(f"scope must be {' or '.join(map(repr, SCOPES))}; got {scope!r}.")
-        # Whether it was said matters if this policy becomes an override.
-        self._said_scope = scope
-        self.scope = scope or "weights"
+        self.scope = scope
         self.exclude = _patterns(exclude)
         self.overrides = {
             _pattern(pattern, "overrides"): self._override(pattern, value)
@@ -128,10 +127,10 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
                     f"overrides[{pattern!r}] may change {', '.join(options)}; "
                     f"got {', '.join(unknown)}."
                 )
-            value = DFPPolicy(**{**_options(self.format), **value})
+            value = DFPPolicy(**{**_options(self.format), "scope": self.scope, **value})
         policy = dtype_policies.get(value)
         if isinstance(policy, DFPPolicy) and not policy.exclude and not policy.overrides:
-            return Decision(policy.format, reason, policy._said_scope or "all")
+            return Decision(policy.format, reason, policy.scope)
         if policy == keras.DTypePolicy("float32"):
             return Decision(None, reason)
         raise ValueError(

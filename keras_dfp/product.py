@@ -22,7 +22,8 @@ Size = int | tf.Tensor
 
 def as_float32(op: str, argument: str, x):
     """Returns `x` as a `tf.Tensor` or `tf.Variable`, refusing what is not float32."""
-    if isinstance(x, keras.Variable):
+    is_variable = isinstance(x, keras.Variable)
+    if is_variable:
         x = x.value
     if isinstance(x, tf.SparseTensor | tf.RaggedTensor):
         raise TypeError(
@@ -38,6 +39,9 @@ def as_float32(op: str, argument: str, x):
         )
     if x.shape.rank is None:
         raise ValueError(f"keras_dfp.ops.{op}: the rank of `{argument}` must be known.")
+    if is_variable and not isinstance(x, tf.Variable):
+        # In a call without state, a variable's value is a tensor.
+        x._dfp_variable = True
     return x
 
 
@@ -129,7 +133,8 @@ class View:
 
 def has_groups(fmt: DFPFormat, x) -> bool:
     """Tells whether a tensor may have more than one exponent; variables always have one."""
-    return fmt.exponents == "sample" and not isinstance(x, tf.Variable)
+    is_variable = isinstance(x, tf.Variable) or hasattr(x, "_dfp_variable")
+    return fmt.exponents == "sample" and not is_variable
 
 
 def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> dict:

@@ -62,6 +62,7 @@ cdef void on_load "dfp_on_load"() noexcept nogil:
     global registered
     choose_kernel(NULL)
     dfp_watch_forks()
+    dfp_watch_losses()
     if load_api():
         registered = register_all()
 

@@ -207,7 +207,7 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
             if most != NAN_EXPONENT:
                 e = most - along_k(a, b, a_k, b_k, item * k + i * per)
             any |= e
-            shift[item * (k // per) + i] = <int8_t>(min(<int64_t>17, e) - more)
+            shift[item * (k // per) + i] = <int8_t>min(<int64_t>16, e - more)
     if any:
         x.shifts.shift, x.shifts.item, x.shifts.per, x.shifts.more = shift, k, per, more
         x.all = added(x.all, -more)

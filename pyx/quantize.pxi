@@ -32,6 +32,7 @@ cdef struct Quantize:
     int64_t counts[3]
     int64_t* group_counts
     uint64_t worst              # the group that lost most, see `weigh`
+    bint by_pieces              # are groups taken in pieces? as `in_pieces` said
     # The state of a run.
     int64_t pieces, piece       # of a group, and their elements
     int64_t block               # groups of a task
@@ -248,7 +249,7 @@ cdef void quantize(Quantize* z) noexcept nogil:
     z.worst = 0
     z.stream = (total * sizeof(int16_t) >= STREAM and <int64_t>z.q % ALIGN == 0
                 and (z.groups == 1 or z.n * sizeof(int16_t) % ALIGN == 0))
-    if not in_pieces(z):
+    if not z.by_pieces:
         z.block = max(<int64_t>1, QUANTIZE_CHUNK // max(z.n, <int64_t>1))
         parallel_for(groups_task, z, (z.groups + z.block - 1) // z.block, threads)
         return

@@ -1223,3 +1223,36 @@ def test_loading_leaves_the_environment_as_it_was(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     with native._passive_waiting():
         assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_gradient_of_unknown_rank():
+    x, w = tf.constant(random(4, 5)), tf.constant(random(5, 3))
+
+    @tf.function
+    def gradient(x, w):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = ops.matmul(x, w)
+            z = tf.py_function(lambda y: 2 * y, [y], tf.float32)
+        return tape.gradient(z, x)
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = ops.matmul(x, w)
+    np.testing.assert_array_equal(gradient(x, w), tape.gradient(y, x, tf.fill([4, 3], 2.0)))
+
+
+def test_a_variable_has_one_exponent_in_a_call_without_state():
+    class Tied(keras.layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(6, shape[-1]))
+
+        def call(self, x):
+            return keras.ops.einsum("bd,vd->bv", x, self.w)
+
+    layer = Tied(dtype="dfp16")
+    x = random(4, 5)
+    layer.build(x.shape)
+    layer.w.assign(random(6, 5) * np.exp2(np.arange(0, -12, -2)).reshape(6, 1))
+    y, _ = layer.stateless_call([tf.constant(layer.w.numpy())], [], x)
+    np.testing.assert_array_equal(y, layer(x))

@@ -173,12 +173,12 @@ def test_scope_all_takes_everything():
 @pytest.mark.parametrize(
     ("override", "taken"),
     [
-        ({}, True),
-        ({"mantissa_bits": 16}, True),
+        ({}, None),
+        ({"mantissa_bits": 16}, None),
         ({"scope": "all"}, True),
         ({"scope": "weights"}, False),
-        ("dfp16", True),
-        (DFPPolicy(), True),
+        ("dfp16", False),
+        (DFPPolicy(), False),
         (DFPPolicy(scope="all"), True),
         (DFPPolicy(scope="weights"), False),
         ("float32", False),
@@ -186,7 +186,8 @@ def test_scope_all_takes_everything():
     ids=str,
 )
 @pytest.mark.parametrize("scope", ["weights", "all"])
-def test_an_override_takes_all_products_unless_it_says_otherwise(scope, override, taken):
+def test_an_override_changes_the_scope_if_it_says_so(scope, override, taken):
+    taken = scope == "all" if taken is None else taken
     policy = DFPPolicy(scope=scope, overrides={"gram": override})
     restored = DFPPolicy.from_config(policy.get_config())
     assert restored == policy
@@ -339,6 +340,38 @@ def test_an_outer_product_is_left_to_float32(kind, scope):
     found = [f[:2] for f in decisions(layer, normal(2, 5, 4))]
     operation = "matmul" if kind == "operator" else kind.split()[0]
     assert sorted(found) == sorted([("matmul", True), (operation, scope == "all")])
+
+
+def test_what_is_no_tensor_is_left_to_keras():
+    class Lists(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(2, 2))
+
+        def call(self, x):
+            return ops.matmul([[1.0, 2.0]], tf.ones((2, 2))) + ops.dot(2.0, x)
+
+    np.testing.assert_array_equal(Lists(dtype="dfp16")(tf.ones((1, 2))), [[5, 5]])
+
+
+def test_implicit_outer_products():
+    class Implicit(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(2, 2))
+
+        def call(self, x):
+            return ops.einsum("i,j", x[0], x[0]) + ops.einsum("ij,jk", x, x)
+
+    found = [f[1] for f in decisions(Implicit(dtype="dfp16"), normal(2, 2))]
+    assert found == [False, True]
+
+
+def test_layers_need_not_be_hashable():
+    class Equal(layers.Dense):
+        def __eq__(self, other):
+            return True
+
+    for policy in ("float32", "dfp16"):
+        assert Equal(3, dtype=policy)(normal(2, 4)).shape == (2, 3)
 
 
 def test_a_single_feature_times_a_variable_is_no_outer_product():

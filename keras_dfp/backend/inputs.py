@@ -1,7 +1,6 @@
 """What a layer is called with: for `describe`, and for what has to know what a model multiplies."""
 
 import functools
-import weakref
 from typing import Any
 
 import keras
@@ -9,11 +8,12 @@ import tensorflow as tf
 from keras.src import tree
 
 from keras_dfp.backend import recording
+from keras_dfp.backend.per_layer import PerLayer
 from keras_dfp.backend.registry import replaces
 
 # From a layer to the shapes and dtypes of its last call, in the structure of its first argument;
 # None where it had other tensors besides.
-_last_calls = weakref.WeakKeyDictionary()
+_last_calls = PerLayer()
 
 
 def known_inputs(model: keras.layers.Layer) -> Any:

@@ -77,6 +77,7 @@ def _route(name: str, split, original):
         if decision.format is not None:
             operands, again = split(*args, **kwargs)
             decision = _check_operands(decision, operands)
+        if decision.format is not None:
             outer = _is_outer(name, args, kwargs, operands)
             decision = in_scope(decision, layer, name, operands, outer)
         with recording.product(layer, name, decision):
@@ -108,12 +109,15 @@ def _is_outer(name: str, args, kwargs, operands) -> bool:
     """Tells whether a product of two operands sums over nothing."""
     if name == "einsum":
         inputs, arrow, output = str(args[0]).replace(" ", "").partition("->")
-        return bool(arrow) and len(operands) == 2 and set(inputs) <= {*output, ",", "."}
+        # Without an arrow, what occurs twice is summed.
+        summed = set(inputs) - {*output, ",", "."} if arrow else max(map(inputs.count, inputs)) > 1
+        return len(operands) == 2 and not summed
     if name == "tensordot":
         axes = args[2] if len(args) > 2 else kwargs.get("axes", 2)
         return axes is not None and np.size(axes) == 1 and np.all(np.equal(axes, 0))
     if name in ("matmul", "dot"):
-        return len(operands[0].shape) > 1 and operands[0].shape[-1] == 1
+        shape = tf.TensorShape(operands[0].shape)
+        return shape.rank is not None and shape.rank > 1 and shape[-1] == 1
     return False
 
 

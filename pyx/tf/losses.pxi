@@ -14,15 +14,20 @@ cdef extern from *:
     static pthread_mutex_t dfp_losses = PTHREAD_MUTEX_INITIALIZER;
     static void dfp_lock_losses(void) { pthread_mutex_lock(&dfp_losses); }
     static void dfp_unlock_losses(void) { pthread_mutex_unlock(&dfp_losses); }
+    /* A child has none of the threads that may have held it. */
+    static void dfp_renew_losses(void) { pthread_mutex_init(&dfp_losses, NULL); }
+    static void dfp_watch_losses(void) { pthread_atfork(NULL, NULL, dfp_renew_losses); }
     """
     void dfp_lock_losses() noexcept nogil
     void dfp_unlock_losses() noexcept nogil
+    void dfp_watch_losses() noexcept nogil
 
 cdef enum:
     LOSSES = 16
 
 cdef Loss losses[LOSSES]
 cdef int loss_count
+cdef bint telling               # is there somebody to tell?
 loss_handler = None
 
 
@@ -32,11 +37,11 @@ cdef inline bint much_is_lost(uint64_t worst) noexcept nogil:
 
 
 cdef bint tell_loss(const char* site, uint64_t worst) noexcept nogil:
-    """Returns whether it will be told; there may be no room, for the time being."""
+    """Returns whether it will be told; there may be no room, or nobody, for the time being."""
     cdef bint room
     dfp_lock_losses()
     global loss_count
-    room = loss_count < LOSSES and Py_AddPendingCall(hand_over, NULL) == 0
+    room = telling and loss_count < LOSSES and Py_AddPendingCall(hand_over, NULL) == 0
     if room:
         memcpy(losses[loss_count].site, site, sizeof(losses[loss_count].site))
         losses[loss_count].share = <double>(worst >> 40) / (1 << 20)
@@ -77,6 +82,13 @@ cdef int raise_again(error) noexcept:
 
 def set_loss_handler(handler):
     """Makes `handler(site, share, nonzero)` the function that is told, once for each kernel, of a
-    quantisation with a `site` that loses half of a group's nonzero elements or more."""
-    global loss_handler
+    quantisation with a `site` that loses half of a group's nonzero elements or more; with None,
+    nobody is."""
+    global loss_handler, telling
+    cdef bint some = handler is not None
     loss_handler = handler
+    # When this returns, nobody is on the way to a Python that may be about to end.
+    with nogil:
+        dfp_lock_losses()
+        telling = some
+        dfp_unlock_losses()

@@ -174,7 +174,8 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
             counts = <int64_t*>set_output(&c, 2, TF_INT64, &three, 1)
     z.counting, z.watching = a.n_counts, a.site[0] and not a.told
     z.group_counts = NULL
-    if ok(&c) and (z.counting or z.watching) and in_pieces(&z):
+    z.by_pieces = ok(&c) and in_pieces(&z)
+    if z.by_pieces and (z.counting or z.watching):
         z.group_counts = <int64_t*>get_scratch(&c, z.groups * 3 * sizeof(int64_t))
     if ok(&c):
         quantize(&z)
