@@ -221,7 +221,7 @@ def test_preprocessing_stays_float32(layer, inputs):
 
 
 def test_preprocessing_runs_on_integers_if_a_pattern_says_so():
-    policy = DFPPolicy(overrides={"sharpen": {"mantissa_bits": 16}})
+    policy = DFPPolicy(overrides={"sharpen": {"scope": "all"}})
     layer = layers.RandomSharpness(0.5, name="sharpen", dtype=policy)
     assert [found[1] for found in decisions(layer, np.abs(image), training=True)] == [True]
 
