@@ -176,7 +176,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
             f"audit: no product of model '{model.name}' runs on integers. "
             "keras_dfp.describe(model) says why."
         )
-    rows = collections.OrderedDict()
+    rows = {}
     for call, twin in zip(rounded, exact, strict=True):
         key = id(call.layer), call.operation, call.format
         rows.setdefault(key, _Row(call)).add(call, twin)
@@ -275,10 +275,7 @@ class _Row:
             self.errors[name].add(g, truth, samples=not weight)
         names = "x", "w", "dy"
         for name, found in zip(names, lost.values(), strict=True):
-            total = self.losses[name]
-            total.nonzero += found.nonzero
-            total.lost += found.lost
-            total.spread = max(total.spread, found.spread)
+            self.losses[name].merge(found)
         self.weights |= {
             id(value): value for value, weight in zip(operands, is_weight, strict=True) if weight
         }

@@ -73,6 +73,11 @@ class Losses:
             least = np.min(exponent, axis=1, initial=200, where=there)
             self.spread = max(self.spread, int(np.max(most - least)))
 
+    def merge(self, other: Losses) -> None:
+        self.nonzero += other.nonzero
+        self.lost += other.lost
+        self.spread = max(self.spread, other.spread)
+
     @property
     def share(self) -> float:
         return self.lost / self.nonzero if self.nonzero else 0.0

@@ -35,6 +35,13 @@ cdef inline int64_t item_exponent(const Exponents* x, int64_t item) noexcept nog
     return x.all if x.items == NULL else added(x.all, x.items[item])
 
 
+cdef inline int64_t group_end(int64_t item_length, int64_t per, int64_t item,
+                              int64_t i) noexcept nogil:
+    """Where, in an item of `item_length`, the group of `per` ends in which i lies."""
+    cdef int64_t start = item * item_length
+    return ((start + i) // per + 1) * per - start
+
+
 cdef inline int64_t on_axis(const Axis* x, int64_t item, int64_t i) noexcept nogil:
     return 0 if x.e == NULL else x.e[(item * x.item + i) // x.per]
 
@@ -73,7 +80,7 @@ cdef void shifts_of(const Shifts* s, int64_t item, int64_t k, int64_t count,
     cdef int shift
     while i < count:
         shift = shift_of(s, item, k + i)
-        end = min(count, ((item * s.item + k + i) // s.per + 1) * s.per - item * s.item - k)
+        end = min(count, group_end(s.item, s.per, item, k + i) - k)
         while i < end:
             out[i] = shift
             i += 1
@@ -115,8 +122,7 @@ cdef bint find_scales(const Exponents* x, int64_t item, int64_t m0, int64_t mc, 
     if column_scale != NULL:
         least, most = -62, 62
         while i < nc:
-            end = min(nc, ((item * x.column.item + n0 + i) // x.column.per + 1) * x.column.per
-                      - item * x.column.item - n0)
+            end = min(nc, group_end(x.column.item, x.column.per, item, n0 + i) - n0)
             scale = fast_scale(column_exponent(x, item, n0 + i), least, most)
             careful |= scale == 0
             while i < end:
@@ -126,8 +132,7 @@ cdef bint find_scales(const Exponents* x, int64_t item, int64_t m0, int64_t mc, 
     while i < rows:
         end = rows
         if x.row.e != NULL and i < mc:
-            end = min(mc, ((item * x.row.item + m0 + i) // x.row.per + 1) * x.row.per
-                      - item * x.row.item - m0)
+            end = min(mc, group_end(x.row.item, x.row.per, item, m0 + i) - m0)
         if i < mc:
             scale = fast_scale(added(base, on_axis(&x.row, item, m0 + i)), least, most)
             careful |= scale == 0

@@ -246,7 +246,7 @@ cdef void pack_b(Gemm* g, int64_t item, int64_t n0, int64_t nc, int64_t k0, int6
     while k < end:
         first = second = shift_of(s, item, k)
         # Pairs up to the end of a group, or one whose second product is of the next.
-        pairs = (min(end, (k // s.per + 1) * s.per) - k) // 2
+        pairs = (min(end, group_end(s.item, s.per, item, k)) - k) // 2
         if pairs == 0:
             pairs = 1
             if k + 1 < end:

@@ -201,6 +201,7 @@ ONE_HEAD = {
 @pytest.mark.parametrize("kind", ONE_HEAD)
 def test_padding_changes_no_bit_of_one_head(kind, causal, with_key):
     if not causal and keras.__version__.startswith("3.10."):
+        # 3.10 takes a mask of rank 2 for one of queries; there is no stock layer to agree with.
         pytest.skip("this Keras misreads the mask")
 
     def call(layer, query, value):

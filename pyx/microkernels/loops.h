@@ -11,18 +11,23 @@ TARGET static uint32_t DFP_CAT(absmax_bits__, ISA)(const float *x, int64_t n) {
     return most;
 }
 
+/* Adding and subtracting 1.5 * 2**23 rounds to nearest-even below 2**22. */
+#define MAGIC(truncate) ((truncate) ? 0.0f : 12582912.0f)
+
+/* A scaled value's mantissa. */
+TARGET static inline int16_t DFP_CAT(mantissa__, ISA)(float v, float qmax, float magic) {
+    v = v < qmax ? v : qmax;
+    v = v > -qmax ? v : -qmax;
+    v = v + magic - magic;
+    return (int16_t)(int32_t)v;
+}
+
 TARGET static inline void DFP_CAT(quantize_block__, ISA)(const float *x, int64_t n, float factor,
                                                          float factor2, float qmax, int truncate,
                                                          int16_t *q) {
-    /* Adding and subtracting 1.5 * 2**23 rounds to nearest-even below 2**22. */
-    const float magic = truncate ? 0.0f : 12582912.0f;
-    for (int64_t i = 0; i < n; i++) {
-        float v = x[i] * factor * factor2;
-        v = v < qmax ? v : qmax;
-        v = v > -qmax ? v : -qmax;
-        v = v + magic - magic;
-        q[i] = (int16_t)(int32_t)v;
-    }
+    const float magic = MAGIC(truncate);
+    for (int64_t i = 0; i < n; i++)
+        q[i] = DFP_CAT(mantissa__, ISA)(x[i] * factor * factor2, qmax, magic);
 }
 
 TARGET static void DFP_CAT(quantize_f32_s16__, ISA)(const float *x, int64_t n, float factor,
@@ -115,7 +120,7 @@ TARGET static inline void DFP_CAT(repeat__, ISA)(const float *restrict value, in
 TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t groups, int64_t n,
                                                    const int32_t *e, float qmax, int truncate,
                                                    int16_t *q) {
-    const float magic = truncate ? 0.0f : 12582912.0f;
+    const float magic = MAGIC(truncate);
     const int64_t block = SHORT_BLOCK / n;
     for (int64_t first = 0; first < groups; first += block) {
         const int64_t count = groups - first < block ? groups - first : block;
@@ -142,21 +147,11 @@ TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t group
         DFP_CAT(repeat__, ISA)((const float *)one, count, n, factor);
         if (far) {
             DFP_CAT(repeat__, ISA)((const float *)two, count, n, factor2);
-            for (int64_t i = 0; i < count * n; i++) {
-                float v = in[i] * factor[i] * factor2[i];
-                v = v < qmax ? v : qmax;
-                v = v > -qmax ? v : -qmax;
-                v = v + magic - magic;
-                out[i] = (int16_t)(int32_t)v;
-            }
+            for (int64_t i = 0; i < count * n; i++)
+                out[i] = DFP_CAT(mantissa__, ISA)(in[i] * factor[i] * factor2[i], qmax, magic);
         } else {
-            for (int64_t i = 0; i < count * n; i++) {
-                float v = in[i] * factor[i];
-                v = v < qmax ? v : qmax;
-                v = v > -qmax ? v : -qmax;
-                v = v + magic - magic;
-                out[i] = (int16_t)(int32_t)v;
-            }
+            for (int64_t i = 0; i < count * n; i++)
+                out[i] = DFP_CAT(mantissa__, ISA)(in[i] * factor[i], qmax, magic);
         }
         for (int64_t g = 0; far && g < count; g++)
             if (exponent[g] == INT32_MIN) memset(out + g * n, 0, n * sizeof *out);
@@ -165,6 +160,7 @@ TARGET static void DFP_CAT(quantize_groups__, ISA)(const float *x, int64_t group
 
 #undef SHORT_BLOCK
 #undef SHORT_ROOM
+#undef MAGIC
 
 TARGET static void DFP_CAT(count__, ISA)(const float *x, const int16_t *q, int64_t n,
                                          uint32_t limit, int64_t *counts) {
@@ -222,8 +218,8 @@ TARGET static void DFP_CAT(sample__, ISA)(const float *x, const int16_t *q, int6
 #define HALF(shift) ((shift) > 0 ? (1 << ((shift) - 1)) - 1 : 0)
 
 /* The same of int16, in which nothing may overflow: t has one bit after the point. */
-TARGET static inline void DFP_CAT(align_same__, ISA)(const int16_t *from, int64_t n, int shift,
-                                                     int16_t *to) {
+TARGET static inline void DFP_CAT(align_s16__, ISA)(const int16_t *from, int64_t n, int shift,
+                                                    int16_t *to) {
     if (shift < 0) {
         for (int64_t i = 0; i < n; i++) to[i] = (int16_t)(from[i] + from[i]);
         return;
@@ -245,11 +241,6 @@ TARGET static inline void DFP_CAT(align_same__, ISA)(const int16_t *from, int64_
     }
 }
 
-TARGET static void DFP_CAT(align_s16__, ISA)(const int16_t *from, int64_t n, int shift,
-                                             int16_t *to) {
-    DFP_CAT(align_same__, ISA)(from, n, shift, to);
-}
-
 TARGET static void DFP_CAT(align_rows_s16__, ISA)(const int16_t *const *rows, int64_t c, int64_t n,
                                                   const int *shifts, int16_t *space,
                                                   const int16_t **aligned) {
@@ -257,9 +248,9 @@ TARGET static void DFP_CAT(align_rows_s16__, ISA)(const int16_t *const *rows, in
         aligned[k] = rows[k] ? rows[k] + c : NULL;
         if (!aligned[k] || !shifts[k]) continue;
         if (n == DFP_DIGIT_TILE)
-            DFP_CAT(align_same__, ISA)(aligned[k], DFP_DIGIT_TILE, shifts[k], space);
+            DFP_CAT(align_s16__, ISA)(aligned[k], DFP_DIGIT_TILE, shifts[k], space);
         else
-            DFP_CAT(align_same__, ISA)(aligned[k], n, shifts[k], space);
+            DFP_CAT(align_s16__, ISA)(aligned[k], n, shifts[k], space);
         aligned[k] = space;
     }
 }
@@ -267,7 +258,7 @@ TARGET static void DFP_CAT(align_rows_s16__, ISA)(const int16_t *const *rows, in
 TARGET static void DFP_CAT(align_pairs_s16__, ISA)(int16_t *pairs, int64_t count, int first,
                                                    int second) {
     if (first == second) {
-        DFP_CAT(align_same__, ISA)(pairs, 2 * count, first, pairs);
+        DFP_CAT(align_s16__, ISA)(pairs, 2 * count, first, pairs);
         return;
     }
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__

@@ -21,7 +21,8 @@
  * and times row_scale[i] and, unless column_scale is NULL, column_scale[j], powers of two, go to
  * c[i * ldc + j]. The caller guarantees that |v|, and every sum of some of its products, is below
  * 2**47, and that neither a scale nor a nonzero result of either multiplication is subnormal, nor
- * that of the first infinite where that of both is not. A scale may be NaN, and so is then what it multiplies. If `c` is NULL, the sum goes to acc.
+ * that of the first infinite where that of both is not. A scale may be NaN, and so is then what it
+ * multiplies. If `c` is NULL, the sum goes to acc.
  *        With `stream`, c and ldc are multiples of 64 bytes, and the stores may go past the caches.
  */
 #ifndef DFP_MICROKERNEL_H
@@ -52,8 +53,8 @@ typedef void (*dfp_multiply)(const dfp_tile *);
  * patch: y[m * y_item + h * y_row + p * y_step + c] = RN32(scale[m] * sum over k of
  *        x[k][..][c] * w[k][c]); scale[m] is a power of two, or NaN. Unless `careful`,
  *        |sum| < 2**47, and neither scale nor a nonzero result is subnormal. If all terms are one
- *        chain, it may be as large as 2**31 - 1. With `stream`, y, its steps and n are multiples of 64 bytes, and the
- *        stores may go past the caches.
+ *        chain, it may be as large as 2**31 - 1. With `stream`, y, its steps and n are multiples of
+ *        64 bytes, and the stores may go past the caches.
  *        A row of pixels lower, terms `fresh` to `fresh_end` - 1 read what nothing has read before.
  * dots:  sums[k][c] += sum over m, h, p of x[k][..][c] * dy[m * y_item + .. + c]; a call adds less
  *        than 2**47. */
@@ -204,18 +205,19 @@ typedef struct {
     void (*sample)(const float *x, const int16_t *q, int64_t n, int64_t *counts);
     /* to[i] = RN(from[i] * 2**-shift), ties to even, -1 <= shift <= 16; `to` may be `from`. */
     void (*align)(const int16_t *from, int64_t n, int shift, int16_t *to);
-    /* The same for the elements c to c + n, n <= DFP_DIGIT_TILE, of DFP_DIGIT_STEP rows with a shift
-     * each: aligned[k] is where they are then, in `space` or, unchanged, in the row. */
+    /* The same for the elements c to c + n, n <= DFP_DIGIT_TILE, of DFP_DIGIT_STEP rows with a
+     * shift each: aligned[k] is where they are then, in `space` or, unchanged, in the row. */
     void (*align_rows)(const int16_t *const *rows, int64_t c, int64_t n, const int *shifts,
                        int16_t *space, const int16_t **aligned);
     /* The same in place for `count` pairs: the first of each by `first`, the second by `second`. */
     void (*align_pairs)(int16_t *pairs, int64_t count, int first, int second);
-    /* Pairs for panels of mr, `panel` elements apart: of pair i of the rows p and q, `step` elements
-     * from one to the next, out[c / mr * panel + 2 * (i * mr + c % mr) + {0, 1}] =
+    /* Pairs for panels of mr, `panel` elements apart: of pair i of the rows p and q, `step`
+     * elements from one to the next, out[c / mr * panel + 2 * (i * mr + c % mr) + {0, 1}] =
      * {p[i * step + c], q[i * step + c]}, c < n. The last panel is filled with zeros. */
     void (*interleave)(const int16_t *p, const int16_t *q, int64_t step, int64_t pairs, int64_t n,
                        int mr, int64_t panel, int16_t *out);
-    /* to[i * to_step + c] = from[i * from_step + c], i < rows, c < n; rows of `to` do not overlap. */
+    /* to[i * to_step + c] = from[i * from_step + c], i < rows, c < n; rows of `to` do not
+     * overlap. */
     void (*copy_rows)(const int16_t *from, int64_t from_step, int64_t rows, int64_t n, int16_t *to,
                       int64_t to_step);
     void (*depthwise_patch)(const dfp_patch *);
