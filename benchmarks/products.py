@@ -102,7 +102,7 @@ def convolution(
     x_sizes, w_sizes = tf.constant(x_shape), tf.constant(w_shape)
 
     x, w = Tensor(x_shape, against, samples=True), Tensor(w_shape, against, samples=False)
-    y = lib.dfp_conv(*x.operand, *w.operand, **integer).y
+    y = lib.dfp_conv(*x.operand, *w.operand, **integer)
     dy = Tensor(y.shape, against, samples=True)
     macs = dy.size * math.prod(w_shape[: 2 if depthwise else 3])
 

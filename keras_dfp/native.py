@@ -82,7 +82,7 @@ def follow_thread_setting():
         _threads = threads
 
 
-def _known(y, shape):
+def known_shape(y, shape):
     """Returns y; a graph is told its shape, which C shape functions cannot see in attributes."""
     if not tf.executing_eagerly():
         y.set_shape(shape)
@@ -109,11 +109,18 @@ class Sizes(NamedTuple):
 
 
 def quantize(
-    x, bits: int, rounding: str, tensor_id: int, group_axes: int = 0, site: str = ""
+    x,
+    bits: int,
+    rounding: str,
+    tensor_id: int,
+    group_axes: int = 0,
+    site: str = "",
+    fused: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the mantissas of `x`, and exponents of the shape of its first `group_axes` axes.
 
-    With a `site`, the name of where this happens, a loss of much of a group is told to the handler
+    With `fused`, `fusion` may compute them in one pass with the steps that x comes from. With a
+    `site`, the name of where this happens, a loss of much of a group is told to the handler
     of `extension.set_loss_handler`.
 
     Stochastic rounding draws the `step` of its noise from TensorFlow's random numbers: no state to
@@ -132,11 +139,12 @@ def quantize(
         group_axes=group_axes,
         site=site,
         n_counts=0,
+        fused=fused,
     )
     note = getattr(_observer, "note", None)
     if note is not None:
         note(x, q, tensor_id, group_axes)
-    return q, _known(exponent, x.shape[:group_axes])
+    return q, known_shape(exponent, x.shape[:group_axes])
 
 
 _observer = threading.local()
@@ -172,12 +180,14 @@ class Factor:
         return cls(operand.q, lambda: lib.dfp_dequantize(*operand), lambda: operand)
 
     @classmethod
-    def incoming(cls, dy, bits: int, rounding: str, group_axes: int) -> Factor:
+    def incoming(cls, dy, bits: int, rounding: str, group_axes: int, fused: bool) -> Factor:
         """The gradient of an op's output: quantised once for all that reads it."""
 
         def operand():
-            q, exponent = quantize(dy, bits, rounding, tensor_id=2, group_axes=group_axes)
-            return Operand(q, exponent, lib.dfp_token(x=dy))
+            q, exponent = quantize(
+                dy, bits, rounding, tensor_id=2, group_axes=group_axes, fused=fused
+            )
+            return Operand(q, exponent, lib.dfp_token(x=dy, shape=[]))
 
         return cls(dy, lambda: dy, operand)
 
@@ -232,7 +242,8 @@ class Product:
         # A gather of the product's rows sends back IndexedSlices.
         dy = tf.convert_to_tensor(dy)
         groups = 0 if self.attrs["exponents"] == "tensor" else self.output_groups(first)
-        dy = Factor.incoming(dy, self.attrs[self.output_bits], self.attrs["rounding"], groups)
+        attrs = self.attrs
+        dy = Factor.incoming(dy, attrs[self.output_bits], attrs["rounding"], groups, attrs["fused"])
         results = []
         for (product, a, b), mode, want in zip(
             self._backward(first, second, dy), self.modes, wanted, strict=True
@@ -259,7 +270,15 @@ class Product:
                 *factors, dy, wanted=[token not in skipped for token in tokens]
             )
             by_input = dict(zip(tokens, results, strict=True))
+            if len(op.inputs) > second + 3:
+                # A bias.
+                by_input[second + 3] = channel_sums(dy)
             return [by_input.get(i) for i in range(len(op.inputs))]
+
+
+def channel_sums(dy) -> tf.Tensor:
+    """Returns the sums over all axes but the last, the gradient of a bias."""
+    return lib.dfp_normalize_sums(parts=[dy], mask_map=[], mask_bits=[], norm=[]).doffset
 
 
 def _here(operand: Operand) -> Operand:
@@ -289,7 +308,7 @@ def _attrs(op, names) -> dict:
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
 
 
-_SHARED = ("accumulation", "rounding", "input_gradient", "weight_gradient", "exponents")
+_SHARED = ("accumulation", "rounding", "input_gradient", "weight_gradient", "exponents", "fused")
 
 
 class Matmul(Product):
@@ -303,7 +322,7 @@ class Matmul(Product):
         rows = first.q.shape[-1 if self.attrs["transpose_a"] else -2]
         columns = second.q.shape[-2 if self.attrs["transpose_b"] else -1]
         batch = first.q.shape[:-2].merge_with(second.q.shape[:-2])
-        return _known(y, [*batch, rows, columns])
+        return known_shape(y, [*batch, rows, columns])
 
     def output_groups(self, first):
         return first.rank - 1
@@ -348,8 +367,8 @@ class Conv(_Convolution):
     output_bits = "dy_bits"
 
     def dfp(self, first, second):
-        y = lib.dfp_conv(*first, *second, **self.attrs).y
-        return _known(y, self.output_shape(first.q.shape, second.q.shape))
+        y = lib.dfp_conv(*first, *second, **self.attrs)
+        return known_shape(y, self.output_shape(first.q.shape, second.q.shape))
 
     def output_shape(self, x: Sequence[int | None], w: Sequence[int | None]) -> list[int | None]:
         """Returns the shape of y for shapes of x and w; None where it is not known."""
@@ -391,7 +410,7 @@ class ConvInputGradient(_Convolution):
 
     def dfp(self, first, second):
         y = lib.dfp_conv_backprop_input(self.sizes.tensor, *first, *second, **self.attrs)
-        return _known(y, self.sizes.known)
+        return known_shape(y, self.sizes.known)
 
     def float32(self, first, second):
         return float32.conv_input_gradient(self.sizes.tensor, first, second, **self._geometry)
@@ -413,7 +432,7 @@ class ConvFilterGradient(_Convolution):
 
     def dfp(self, first, second):
         y = lib.dfp_conv_backprop_filter(*first, self.sizes.tensor, *second, **self.attrs)
-        return _known(y, self.sizes.known)
+        return known_shape(y, self.sizes.known)
 
     def float32(self, first, second):
         return float32.conv_filter_gradient(first, self.sizes.tensor, second, **self._geometry)
@@ -426,7 +445,9 @@ class ConvFilterGradient(_Convolution):
 
 
 Matmul.register_gradient("DfpMatmul", 0, 3)
+Matmul.register_gradient("DfpMatmulBias", 0, 3)
 Conv.register_gradient("DfpConv", 0, 3)
+Conv.register_gradient("DfpConvBias", 0, 3)
 ConvInputGradient.register_gradient("DfpConvBackpropInput", 1, 4)
 ConvFilterGradient.register_gradient("DfpConvBackpropFilter", 0, 4)
 tf.no_gradient("DfpQuantize")
@@ -439,11 +460,16 @@ def _dequantize_gradient(op, dy):
 
 @tf.RegisterGradient("DfpToken")
 def _token_gradient(op, dtoken):
-    """Hands the gradient that the token stands for to x, in x's own layout."""
-    x, perm = op.inputs[0], list(op.get_attr("perm"))
+    """Hands the gradient that the token stands for to x, in x's own layout.
+
+    The shape of x is not asked of x itself, which need not be there.
+    """
+    x, *shape = op.inputs
+    perm = list(op.get_attr("perm"))
     if perm:
-        dtoken = tf.reshape(dtoken, tf.gather(tf.shape(x), perm))
-        return tf.transpose(dtoken, sorted(range(len(perm)), key=perm.__getitem__))
-    if x.shape.is_fully_defined() and x.shape == dtoken.shape:
-        return dtoken
-    return tf.reshape(dtoken, tf.shape(x))
+        if shape:
+            dtoken = tf.reshape(dtoken, tf.gather(shape[0], perm))
+        dtoken = tf.transpose(dtoken, sorted(range(len(perm)), key=perm.__getitem__))
+    elif shape:
+        dtoken = tf.reshape(dtoken, shape[0])
+    return dtoken, *[None] * len(shape)

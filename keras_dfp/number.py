@@ -37,6 +37,8 @@ class DFPFormat:
         exponents: `"sample"`: an operand has an exponent for every index of its leading axes that
             the product does not sum over (every row of a matrix, every image of a batch); or
             `"tensor"`: it has one, as in the paper. Variables always have one.
+        fused: Whether operands may be computed in one pass with the batch norm, bias, residual sum
+            and ReLU that they come from. It changes no bit.
 
     Raises:
         ValueError: If an argument is not one of the values above.
@@ -52,6 +54,7 @@ class DFPFormat:
     accumulation: str = "exact"
     products: tuple[str, ...] = PRODUCTS
     exponents: str = "sample"
+    fused: bool = True
 
     def __post_init__(self):
         bits = self.mantissa_bits
@@ -60,6 +63,8 @@ class DFPFormat:
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("accumulation", self.accumulation, ACCUMULATIONS)
         _one_of("exponents", self.exponents, EXPONENTS)
+        if not isinstance(self.fused, bool):
+            raise ValueError(f"fused must be True or False; got {self.fused!r}.")
         if isinstance(self.products, str):
             raise ValueError(
                 f"products must be a collection of names, such as ('forward',); got the string "

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -43,6 +44,7 @@ def operand(
     expand: Callable | None = None,
     group_axes: int = 0,
     arrange: Callable | None = None,
+    reshaped: bool = True,
 ) -> Operand:
     """Quantises a tensor, or finds it quantised, and gives it a token.
 
@@ -55,20 +57,55 @@ def operand(
             before `perm`.
         group_axes: How many leading axes of `x` have an exponent for each of their indices.
         arrange: A function that brings these exponents into the order of the rows after `perm`.
+        reshaped: Whether the mantissas will be reshaped.
 
     Returns:
-        The operand. Its mantissas may be reshaped freely; the token takes a gradient of any shape
-        with as many elements.
+        The operand. The token takes a gradient of the shape of the mantissas or, if they are
+        `reshaped`, of any shape with as many elements.
     """
     value = tf.convert_to_tensor(x)
-    q, exponent = _quantized(x, value, fmt.mantissa_bits, fmt.rounding, tensor_id, group_axes)
+    q, exponent = _quantized(x, value, fmt, tensor_id, group_axes)
     if arrange is not None:
         exponent = arrange(exponent)
+    source, mantissas = value, q
     if expand is not None:
         q, value = expand(q), expand(value)
+    note = getattr(_local, "note", None)
+    if note is not None and _is_activation(x):
+        note(Quantized(source, mantissas, q, tuple(perm), fmt.fused))
+    shape = [tf.shape(q)] if reshaped else []
     if perm:
         q = tf.transpose(q, perm)
-    return Operand(q, exponent, native.lib.dfp_token(x=value, perm=list(perm)))
+    return Operand(q, exponent, native.lib.dfp_token(x=value, shape=shape, perm=list(perm)))
+
+
+class Quantized(NamedTuple):
+    """A tensor of a graph that became an operand, as `noted` tells it.
+
+    Attributes:
+        x: The tensor.
+        mantissas: What it was quantised to, shared by all that read x in this format.
+        expanded: The mantissas with the elements that a product repeats.
+        perm: How the product transposes these; empty for not at all.
+        fused: Whether `fusion` may compute the mantissas.
+    """
+
+    x: tf.Tensor
+    mantissas: tf.Tensor
+    expanded: tf.Tensor
+    perm: tuple[int, ...]
+    fused: bool
+
+
+@contextlib.contextmanager
+def noted(note: Callable[[Quantized], None] | None) -> Iterator[None]:
+    """Calls `note` of tensors of graphs that become operands inside; variables apart."""
+    previous = getattr(_local, "note", None)
+    _local.note = note
+    try:
+        yield
+    finally:
+        _local.note = previous
 
 
 def loop_step(step: Callable) -> Callable:
@@ -161,13 +198,14 @@ def watch_only(*tensor_ids: int):
     return site_scope(getattr(_local, "site", ("", ()))[0], tensor_ids)
 
 
-def _quantized(x, value, bits, rounding, tensor_id, group_axes):
+def _quantized(x, value, fmt, tensor_id, group_axes):
     """Returns q and exponents of `value`, which is `x` or what was read from the variable `x`."""
     name, tensor_ids = getattr(_local, "site", ("", ()))
-    how = bits, rounding, tensor_id, group_axes, name if tensor_id in tensor_ids else ""
+    site = name if tensor_id in tensor_ids else ""
+    how = fmt.mantissa_bits, fmt.rounding, tensor_id, group_axes, site, fmt.fused
     loop = getattr(_local, "loop", None)
     graph = getattr(value, "graph", None)
-    key = (bits, rounding, group_axes)
+    key = (fmt.mantissa_bits, fmt.rounding, group_axes, fmt.fused)
     if isinstance(x, tf.Variable) and loop is not None and loop.keeps(x, value):
         known, graph = loop.quantized.setdefault(x.ref(), {}), loop.graph
     elif graph is not None and _encloses(graph):
@@ -181,6 +219,12 @@ def _quantized(x, value, bits, rounding, tensor_id, group_axes):
             source = x if isinstance(x, tf.Variable) else value
             known[key] = native.quantize(source, *how)
     return known[key]
+
+
+def _is_activation(x) -> bool:
+    """Tells whether x is a tensor of a graph, and not what a variable holds."""
+    is_variable = isinstance(x, tf.Variable) or hasattr(x, "_dfp_variable")
+    return not is_variable and getattr(x, "graph", None) is not None
 
 
 def _current_graph():

@@ -51,6 +51,8 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         exponents: `"sample"`: every sample (in matrix products, every row) has an exponent of its
             own, so that its result does not depend on the other samples of its batch; or
             `"tensor"`: one exponent for all of a tensor, as in the paper.
+        fused: Whether, in a `tf.function` (and so in `fit`), batch norm, bias, residual sum, ReLU
+            and quantising run as one pass over memory, forward and backward. It changes no bit.
         scope: Which products run on integers. `"weights"`, the default: those of layers that have
             weights of their own, those with a variable as an operand, and those of attention
             (Keras's attention layers, and `dot_product_attention` anywhere). What other layers
@@ -88,6 +90,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         accumulation: str = "exact",
         products: Iterable[str] = PRODUCTS,
         exponents: str = "sample",
+        fused: bool = True,
         scope: str = "weights",
         exclude: Iterable[str] = (),
         overrides: Mapping[str, Any] | None = None,
@@ -102,6 +105,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
             accumulation="spill" if name == "dfp16_paper" else accumulation,
             exponents="tensor" if name == "dfp16_paper" else exponents,
             products=products if isinstance(products, str) else tuple(products),
+            fused=fused,
         )
         if scope not in SCOPES:
             raise ValueError(f"scope must be {' or '.join(map(repr, SCOPES))}; got {scope!r}.")

@@ -117,6 +117,7 @@ class View:
             expand=self.expand,
             group_axes=self.group_axes,
             arrange=self.arrange,
+            reshaped=self.shape is not None,
         )
         if self.shape is None:
             return result
@@ -145,6 +146,7 @@ def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> d
         "accumulation": fmt.accumulation,
         "rounding": fmt.rounding,
         "exponents": fmt.exponents,
+        "fused": fmt.fused,
         **{
             mode: "dfp" if product in fmt.products else "float32"
             for mode, product in zip(modes, Product.modes, strict=True)

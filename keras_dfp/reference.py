@@ -58,8 +58,31 @@ from left to right. Terms that fall on padding are zero. The order, and what a c
 
 Kernel positions go in row-major order of the forward kernel, never flipped.
 
+**Batch norm**, biases, residual sums and ReLU are float32 arithmetic over rows of channels
+`[.., C]`: every + - * rounds to float32, unless it is said to be in float64. A sum over pixels is
+in float64, in a fixed order. The first axis counts images (of a matrix, all rows are one image);
+the pixels of an image, in row-major order, are added in blocks of 128, each from +0, and then the
+sums of the blocks, in order, image by image, from +0. With n the number of all pixels, in float64,
+
+    m = sum(x) / n        v = sum(x * x) / n - m * m        r = 1 / sqrt(variance + epsilon)
+
+a layer and its gradient are
+
+    mean     = RN32(m)        variance = RN32(max(v, 0))
+    y        = (x - mean) * RN32(scale * r) + offset        x + offset for a bias
+             + residual, then clipped to 0 and more ("relu"), or to 0 to 6 ("relu6")
+    dy       times 1 where y > 0 (of "relu6", and y < 6), else times 0
+    doffset  = RN32(S),  dscale = RN32(T * r)               S = sum(dy), T = sum(dy * (x - mean))
+    dx       = a * dy + (b * (x - mean) + c)                a * dy if mean and variance are given
+               with s = scale * r and a = RN32(s),
+                    b = RN32(-s * r * r * (T / n)),  c = RN32(-s * (S / n))
+
+where scale * r, T * r, b and c are computed in float64, from left to right, and so are the terms of
+T from the float32 x - mean. All NaN are one.
+
 **Floating point units.** Some threads flush subnormals to zero. Nothing here depends on it:
-float32 values are taken apart and put together as integers.
+float32 values are taken apart and put together as integers, and their arithmetic is that of
+float64, rounded to float32. (Rounding twice changes no sum, difference or product.)
 """
 
 import functools
@@ -76,6 +99,8 @@ _FLOAT32_LEAST_EXPONENT = -149  # of the lowest bit of a subnormal
 _FLOAT32_INFINITY = 0x7F800000
 _ROUNDINGS = ("nearest", "truncate", "stochastic")
 _ACCUMULATIONS = ("exact", "spill")
+_CLIPS = ("none", "relu", "relu6")
+_SUMMED_PIXELS = 128  # of a partial sum
 
 Padding = str | Sequence[tuple[int, int]]
 Exponents = int | np.ndarray
@@ -952,56 +977,243 @@ def _merged_multiplier(x: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------
-# Statistics
+# Batch norm
 # ---------------------------------------------------------------------------------------------
 
 
-def channel_statistics(y: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what batch norm and the next quantisation want to know of a convolution's output.
-
-    A row is what one index of all dimensions but the last two holds. Each row has one float64
-    partial sum, starting from +0, to which its pixels are added in order; the partials are added in
-    row order, starting from +0. A square is exact in float64.
+def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the biased variance of each channel.
 
     Args:
-        y: float32 array `[.., pixels, C]`, of rank 2 or more.
+        x: float32 array `[.., C]`, of rank 2 or more.
 
     Returns:
-        dict of arrays `[C]`: `"sum"` and `"sum_of_squares"` in float64, `"min"` and `"max"` in
-        float32. A minimum or maximum of zero is +0; one NaN makes it NaN; without any pixel they
-        are +Inf and -Inf.
+        `(mean, variance)`: float32 arrays `[C]`; NaN where there are no pixels.
 
     Raises:
         ValueError: if an argument is not as described.
     """
-    y = np.asarray(y)
-    if y.dtype != np.float32 or y.ndim < 2:
+    op = "moments"
+    x = _checked_rows(op, "x", x)
+    wide, n = _float64(x), _pixels(x.shape)
+    with np.errstate(all="ignore"):
+        m = _sum_of_pixels(wide) / n
+        v = _sum_of_pixels(wide * wide) / n - m * m
+    return _float32(m), _float32(np.where(v < 0, 0.0, v))
+
+
+def normalize(
+    x: np.ndarray,
+    offset: np.ndarray | None = None,
+    mean: np.ndarray | None = None,
+    variance: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
+    epsilon: float = 0.0,
+    residual: np.ndarray | None = None,
+    clip: str = "none",
+) -> np.ndarray:
+    """Return a batch norm or a bias, a residual sum and a ReLU, or some of these steps.
+
+    Args:
+        x: float32 array `[.., C]`, of rank 2 or more.
+        offset: float32 array `[C]`; without the next three it is a bias.
+        mean: float32 array `[C]`.
+        variance: float32 array `[C]`.
+        scale: float32 array `[C]`.
+        epsilon: what is added to the variance, as a float32.
+        residual: float32 array of the shape of `x`, which is added.
+        clip: `"none"`, `"relu"` or `"relu6"`.
+
+    Returns:
+        float32 array of the shape of `x`. NaN is not clipped, nor is -0.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "normalize"
+    y = _float64(_checked_rows(op, "x", x))
+    if clip not in _CLIPS:
+        raise ValueError(f"{op}: `clip` must be one of {_CLIPS}, received {clip!r}")
+    parameters = {"offset": offset, "mean": mean, "variance": variance, "scale": scale}
+    given = {
+        name: _checked_channels(op, name, value, y.shape)
+        for name, value in parameters.items()
+        if value is not None
+    }
+    if list(given) not in ([], ["offset"], list(parameters)):
         raise ValueError(
-            "channel_statistics: `y` must be float32 of rank 2 or more, received "
-            f"{y.dtype} of shape {y.shape}"
+            f"{op}: parameters must be all of {tuple(parameters)}, offset alone or none, received "
+            f"{tuple(given)}"
         )
-    rows = int(np.prod(y.shape[:-2]))
-    pixels, channels = y.shape[-2:]
-    y = y.reshape((rows, pixels, channels))
-    wide = _float64(y)
-    result = {}
-    with np.errstate(invalid="ignore"):  # Inf - Inf is NaN, as it should be
-        for name, values in (("sum", wide), ("sum_of_squares", wide * wide)):
-            partials = np.zeros((rows, channels))
-            for pixel in range(pixels):
-                partials += values[:, pixel]
-            total = np.zeros(channels)
-            for partial in partials:
-                total += partial
-            result[name] = total
-    for name, find, neutral in (("min", np.argmin, np.inf), ("max", np.argmax, -np.inf)):
-        start = np.full((1, channels), neutral, np.float32)
-        flat = np.concatenate([start, y.reshape((rows * pixels, channels))])
-        # Compared in float64, where no value is subnormal; argmin and argmax find a NaN first.
-        where = find(_float64(flat), axis=0)[np.newaxis]
-        value = np.take_along_axis(flat, where, axis=0)[0]
-        result[name] = np.where(_bits(value) == 0x80000000, np.float32(0), value)
-    return result
+    with np.errstate(all="ignore"):
+        if scale is not None:
+            factor = _float64(given["scale"]) * _inverse_deviation(given["variance"], epsilon)
+            y = _single(y - _float64(given["mean"]))
+            y = _single(y * _single(factor))
+        if offset is not None:
+            y = _single(y + _float64(given["offset"]))
+        if residual is not None:
+            y = _single(y + _float64(_checked_alike(op, "residual", residual, y.shape)))
+        if clip != "none":
+            y = np.where(y < 0, 0.0, y)
+        if clip == "relu6":
+            y = np.where(y > 6, 6.0, y)
+    return _float32(y)
+
+
+def mask(dy: np.ndarray, y: np.ndarray, clip: str) -> np.ndarray:
+    """Return the gradient of a ReLU with respect to its input.
+
+    Args:
+        dy: float32 array `[.., C]`, of rank 2 or more.
+        y: float32 array of its shape: the ReLU's result, or its input.
+        clip: `"relu"` or `"relu6"`.
+
+    Returns:
+        float32 array of the shape of `dy`: `dy * 1` where `0 < y`, and `y < 6` for a ReLU6, else
+        `dy * 0`, which may be -0 or NaN.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "mask"
+    dy = _checked_rows(op, "dy", dy)
+    y = _float64(_checked_alike(op, "y", y, dy.shape))
+    if clip not in _CLIPS[1:]:
+        raise ValueError(f"{op}: `clip` must be one of {_CLIPS[1:]}, received {clip!r}")
+    with np.errstate(all="ignore"):
+        kept = (y > 0) & (y < 6) if clip == "relu6" else y > 0
+        return _float32(_float64(dy) * kept)
+
+
+def normalize_sums(
+    dy: np.ndarray,
+    x: np.ndarray | None = None,
+    mean: np.ndarray | None = None,
+    variance: np.ndarray | None = None,
+    epsilon: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Return the gradients of `normalize` with respect to its offset and its scale.
+
+    Args:
+        dy: float32 array `[.., C]`, of rank 2 or more: the gradient of the result.
+        x: float32 array of its shape, of `normalize`. Without it, the offset is a bias.
+        mean: float32 array `[C]`, given if `x` is.
+        variance: float32 array `[C]`, given if `x` is.
+        epsilon: what was added to the variance.
+
+    Returns:
+        `(doffset, dscale, sums)`: float32 arrays `[C]`, and the float64 array `[2, C]` of the sums
+        of `dy` and of `dy * (x - mean)`. The last two are None without `x`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "normalize_sums"
+    dy = _checked_rows(op, "dy", dy)
+    if len({x is None, mean is None, variance is None}) > 1:
+        raise ValueError(f"{op}: `x`, `mean` and `variance` must be given together")
+    with np.errstate(all="ignore"):
+        total = _sum_of_pixels(_float64(dy))
+        if x is None:
+            return _float32(total), None, None
+        centred = _centred(op, x, mean, dy.shape)
+        products = _sum_of_pixels(_float64(dy) * centred)
+        variance = _checked_channels(op, "variance", variance, dy.shape)
+        dscale = _float32(products * _inverse_deviation(variance, epsilon))
+    return _float32(total), dscale, np.stack([total, products])
+
+
+def normalize_gradient(
+    dy: np.ndarray,
+    x: np.ndarray,
+    mean: np.ndarray,
+    variance: np.ndarray,
+    scale: np.ndarray,
+    epsilon: float = 0.0,
+    sums: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the gradient of a batch norm with respect to its input.
+
+    Args:
+        dy: float32 array `[.., C]`, of rank 2 or more: the gradient of the result.
+        x: float32 array of its shape.
+        mean: float32 array `[C]`.
+        variance: float32 array `[C]`.
+        scale: float32 array `[C]`.
+        epsilon: what was added to the variance.
+        sums: float64 array `[2, C]` as of `normalize_sums`, if mean and variance are the moments of
+            `x` and change with it; None if they are constants.
+
+    Returns:
+        float32 array of the shape of `dy`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "normalize_gradient"
+    dy = _checked_rows(op, "dy", dy)
+    variance = _checked_channels(op, "variance", variance, dy.shape)
+    scale = _checked_channels(op, "scale", scale, dy.shape)
+    with np.errstate(all="ignore"):
+        centred = _centred(op, x, mean, dy.shape)
+        r = _inverse_deviation(variance, epsilon)
+        s = _float64(scale) * r
+        dx = _single(_single(s) * _float64(dy))
+        if sums is None:
+            return _float32(dx)
+        sums, n = np.asarray(sums), _pixels(dy.shape)
+        if sums.dtype != np.float64 or sums.shape != (2, dy.shape[-1]):
+            raise ValueError(
+                f"{op}: `sums` must be float64 of shape {(2, dy.shape[-1])}, received {sums.dtype} "
+                f"of shape {sums.shape}"
+            )
+        b = _single(-s * r * r * (sums[1] / n))
+        c = _single(-s * (sums[0] / n))
+        return _float32(dx + _single(_single(b * centred) + c))
+
+
+def _pixels(shape: tuple[int, ...]) -> np.ndarray:
+    """Return how many pixels there are; what is divided by zero of them is NaN or infinite."""
+    return np.float64(int(np.prod(shape[:-1])))
+
+
+def _sum_of_pixels(x: np.ndarray) -> np.ndarray:
+    """Add float64 pixels `[.., C]` in order, in blocks."""
+    channels = x.shape[-1]
+    images = x.shape[0] if x.ndim > 2 else 1
+    pixels = int(np.prod(x.shape[1:-1] if x.ndim > 2 else x.shape[:1]))
+    x = x.reshape((images, pixels, channels))
+    total = np.zeros(channels)
+    for image in x:
+        for cut in _cuts(pixels, _SUMMED_PIXELS):
+            # `accumulate` adds one after the other, where `sum` is free to do otherwise.
+            total += np.add.accumulate(image[cut])[-1]
+    return total
+
+
+def _inverse_deviation(variance: np.ndarray, epsilon: float) -> np.ndarray:
+    return 1.0 / np.sqrt(_float64(variance) + _single(np.float64(epsilon)))
+
+
+def _centred(op: str, x: np.ndarray, mean: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    x, mean = _checked_alike(op, "x", x, shape), _checked_channels(op, "mean", mean, shape)
+    return _single(_float64(x) - _float64(mean))
+
+
+def _single(x: np.ndarray) -> np.ndarray:
+    """Round float64 to the nearest float32, as a float64."""
+    return _float64(_float32(x))
+
+
+def _float32(x: np.ndarray) -> np.ndarray:
+    """Convert float64 to float32 on any floating point unit, subnormals too."""
+    x = np.asarray(x)
+    small = np.abs(x) < 2.0**-126
+    lowest = np.rint(np.ldexp(np.where(small, np.abs(x), 0.0), -_FLOAT32_LEAST_EXPONENT))
+    bits = lowest.astype(np.uint32) | np.signbit(x).astype(np.uint32) << np.uint32(31)
+    with np.errstate(all="ignore"):
+        return np.where(small, bits.view(np.float32), x.astype(np.float32))
 
 
 def _float64(x: np.ndarray) -> np.ndarray:
@@ -1055,6 +1267,30 @@ def _checked_shape(op: str, name: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not 3 <= len(shape) <= 5 or min(shape) < 0:
         raise ValueError(f"{op}: `{name}` must be 3 to 5 integers, none negative, received {shape}")
     return shape
+
+
+def _checked_rows(op: str, name: str, x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x)
+    if x.dtype != np.float32 or x.ndim < 2:
+        raise ValueError(
+            f"{op}: `{name}` must be float32 of rank 2 or more, received {x.dtype} of shape "
+            f"{x.shape}"
+        )
+    return x
+
+
+def _checked_alike(op: str, name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    x = np.asarray(x)
+    if x.dtype != np.float32 or x.shape != shape:
+        raise ValueError(
+            f"{op}: `{name}` must be float32 of shape {shape}, received {x.dtype} of shape "
+            f"{x.shape}"
+        )
+    return x
+
+
+def _checked_channels(op: str, name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return _checked_alike(op, name, x, shape[-1:])
 
 
 def _check_accumulation(op: str, accumulation: str) -> None:

@@ -6,41 +6,51 @@ from the machine up:
 
     cpu         instruction sets and microkernels (microkernels/)
     threads     the only door to OpenMP
+    sizes       arithmetic of sizes
     quantize    float32 <-> mantissas and exponent
     pack        from tensors into the microkernels' layout
     exponents   of a product: where they differ
-    gemm        the blocked product
-    digits      the same on int8 tiles (AMX)
+    gemm        the blocked product: what is asked, blocks, sums
+    pairs       its driver on pairs of int16
+    digits      and on int8 tiles (AMX)
+    plan        which of them
     conv        the three passes of a convolution as such products
     depthwise   and of a depthwise one, as sums of rows
-    statistics  of a convolution's output
-    tf/         the C API, and the ops
+    channels    passes over rows of channels: batch norm, ReLU, sums
+    tf/         the C API, and one file for each kind of op
 """
 
 import os
 import time
 
 from cython.parallel cimport parallel, prange
-from libc.math cimport INFINITY, NAN, ldexp
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint32_t, uint64_t
+from libc.math cimport INFINITY, NAN, ldexp, sqrt
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset, strcmp
+from libc.string cimport memcmp, memcpy, memset, strcmp
 
 include "cpu.pxi"
 include "threads.pxi"
+include "sizes.pxi"
 include "quantize.pxi"
+include "channels.pxi"
 include "pack.pxi"
 include "exponents.pxi"
 include "gemm.pxi"
+include "pairs.pxi"
 include "digits.pxi"
+include "plan.pxi"
 include "conv.pxi"
 include "depthwise.pxi"
-include "statistics.pxi"
 include "tf/api.pxi"
 include "tf/call.pxi"
 include "tf/losses.pxi"
-include "tf/ops.pxi"
+include "tf/op.pxi"
+include "tf/quantize.pxi"
+include "tf/normalize.pxi"
+include "tf/matmul.pxi"
+include "tf/conv.pxi"
 
 # As in api.pxi: no initialiser, the constructor runs before the module's initialisation.
 cdef bint registered
@@ -56,6 +66,18 @@ cdef extern from *:
     """
     const char* DFP_COMPILER
     const int _OPENMP
+
+
+cdef bint register_all() noexcept nogil:
+    cdef TF_Status* st = tf.NewStatus()
+    cdef bint good
+    register_quantize(st)
+    register_normalize(st)
+    register_matmul(st)
+    register_conv(st)
+    good = tf.GetCode(st) == TF_OK
+    tf.DeleteStatus(st)
+    return good
 
 
 cdef void on_load "dfp_on_load"() noexcept nogil:

@@ -22,11 +22,8 @@ cdef struct Conv:
     bint depthwise
     int64_t a_bits, b_bits      # of the pass's two operands, b aligned
     Exponents exponents         # of the pass; rows and products are counted in images
+    const float* bias           # of the output, or NULL
     bint spill
-
-
-cdef inline int64_t volume(const int64_t* size) noexcept nogil:
-    return size[0] * size[1] * size[2]
 
 
 cdef inline bint by_channel(const Conv* v, Pass which) noexcept nogil:
@@ -45,7 +42,7 @@ cdef inline void gemm_of(const Conv* v, Gemm* g, const int16_t* a, const int16_t
     g.a_bits, g.b_bits, g.spill = v.a_bits, v.b_bits, v.spill
     g.exponents = v.exponents
     g.batch = v.groups
-    g.a.data, g.b.data, g.c = a, b, c
+    g.a.data, g.b.data, g.c.data = a, b, c
 
 
 cdef inline void forward_window(const Conv* v, Window* w, int64_t channels,
@@ -86,19 +83,14 @@ cdef void forward_plan(const Conv* v, Gemm* g, const int16_t* x, const int16_t* 
     forward_window(v, &g.a.window, channels, v.spill)
     rows_of_window(g)
     g.m, g.n = v.batch * volume(v.output), filters
-    g.a_batch, g.b_batch, g.c_batch, g.ldc = channels, filters, filters, v.filters
+    g.a_batch, g.b_batch, g.c.batch, g.c.ld = channels, filters, filters, v.filters
+    g.c.bias, g.c.bias_batch = v.bias, filters
     g.b.k_stride, g.b.n_stride = v.filters, 1
     g.b.channels, g.b.padded = channels, g.a.window.padded
     g.b.tap_stride = channels * v.filters
     for i in range(3):
         g.b.taps[i], g.b.first[i], g.b.jump[i], g.b.size[i] = v.kernel[i], 0, 1, v.kernel[i]
     gemm_plan(g)
-
-
-cdef inline int64_t gcd(int64_t a, int64_t b) noexcept nogil:
-    while b:
-        a, b = b, a % b
-    return a
 
 
 cdef void input_gradient_plan(const Conv* v, Gemm* g, const int64_t* phase, const int16_t* dy,
@@ -137,14 +129,14 @@ cdef void input_gradient_plan(const Conv* v, Gemm* g, const int64_t* phase, cons
             a.tap_step[i] = -a.tap_step[i]
             first, jump = first + (a.taps[i] - 1) * jump, -jump
         g.b.taps[i], g.b.first[i], g.b.jump[i], g.b.size[i] = a.taps[i], first, jump, v.kernel[i]
-        g.rows.positions[i], g.rows.step[i] = a.positions[i], v.stride[i]
-        g.rows.offset[i], g.rows.size[i] = phase[i], v.input[i]
+        g.c.rows.positions[i], g.c.rows.step[i] = a.positions[i], v.stride[i]
+        g.c.rows.offset[i], g.c.rows.size[i] = phase[i], v.input[i]
     a.pixel, a.channels = v.filters, filters
     a.padded = round_up(filters, 2) if v.spill else filters
     rows_of_window(g)
-    g.scattered = volume(v.stride) > 1
+    g.c.scattered = volume(v.stride) > 1
     g.m, g.n = v.batch * volume(a.positions), channels
-    g.a_batch, g.b_batch, g.c_batch, g.ldc = filters, filters, channels, v.channels
+    g.a_batch, g.b_batch, g.c.batch, g.c.ld = filters, filters, channels, v.channels
     g.b.k_stride, g.b.n_stride = 1, v.filters
     g.b.channels, g.b.padded = filters, a.padded
     g.b.tap_stride = channels * v.filters
@@ -161,7 +153,7 @@ cdef void weight_gradient_plan(const Conv* v, Gemm* g, const int16_t* x, const i
     g.m, g.n, g.k = volume(v.kernel) * channels, filters, v.batch * volume(v.output)
     if is_matrix(&g.a.window):
         g.a.kind, g.a.ld = COLUMNS, v.channels
-    g.a_batch, g.b_batch, g.c_batch, g.ldc = channels, filters, filters, v.filters
+    g.a_batch, g.b_batch, g.c.batch, g.c.ld = channels, filters, filters, v.filters
     g.exponents.shifts.per *= volume(v.output)
     matrix_b(&g.b, g.k, v.filters, 1)
     gemm_plan(g)
@@ -178,7 +170,7 @@ cdef void matmul_plan(Gemm* g, bint transpose_a, bint transpose_b) noexcept nogi
     """C[m, n] = sum of A[m, k] * B[k, n]; the caller has set the data, m, n, k and the format."""
     cdef int i
     cdef Window* w = &g.a.window
-    g.a_batch, g.b_batch, g.c_batch, g.ldc = g.m * g.k, g.k * g.n, g.m * g.n, g.n
+    g.a_batch, g.b_batch, g.c.batch, g.c.ld = g.m * g.k, g.k * g.n, g.m * g.n, g.n
     if transpose_a:
         g.a.kind, g.a.ld = COLUMNS, g.m
     elif g.k % 2 == 0:

@@ -12,6 +12,7 @@ cdef extern from "microkernels/table.h" nogil:
         int64_t ldc
         const float* row_scale
         const float* column_scale
+        const float* bias
         bint stream
     ctypedef struct dfp_patch:
         const int16_t** x
@@ -50,6 +51,7 @@ cdef extern from "microkernels/table.h" nogil:
         int64_t next, rows, cols
         const float* row_scale
         const float* column_scale
+        const float* bias
         int products
         bint stream
     ctypedef struct dfp_digits:
@@ -66,6 +68,27 @@ cdef extern from "microkernels/table.h" nogil:
         void (*multiply)(const dfp_digit_tile*, dfp_digit_rows*) noexcept nogil
         void (*finish)(dfp_digit_rows*) noexcept nogil
         void (*finish_transposed)(const dfp_digit_rows*, int64_t) noexcept nogil
+    ctypedef struct dfp_map:
+        const float* x
+        const float* residual
+        const float* center
+        const float* scale
+        const float* offset
+        float low, high
+        int64_t n
+    enum: DFP_PARTS
+    ctypedef struct dfp_gradient:
+        const float* parts[8]
+        int n_parts
+        const uint8_t* bits
+        dfp_map mask
+        bint self
+        const float* x
+        const float* center
+        const float* a
+        const float* b
+        const float* c
+        int64_t n
     const int DFP_SHORT
     const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_K_3, DFP_DIGIT_K_4
     ctypedef void (*dfp_multiply)(const dfp_tile*) noexcept nogil
@@ -95,7 +118,12 @@ cdef extern from "microkernels/table.h" nogil:
         void (*depthwise_patch)(const dfp_patch*) noexcept nogil
         void (*depthwise_dots)(const dfp_patch*) noexcept nogil
         void (*depthwise_spill)(const dfp_terms*) noexcept nogil
-        void (*statistics)(const float*, int64_t, int64_t, double*, float*) noexcept nogil
+        void (*map)(const dfp_map*, int64_t, int64_t, float*) noexcept nogil
+        void (*positive_bits)(const float*, int64_t, uint8_t*) noexcept nogil
+        void (*gradient)(const dfp_gradient*, int64_t, int64_t, float*) noexcept nogil
+        void (*channel_sums)(const float*, const float*, const float*, int64_t, int64_t,
+                             double*) noexcept nogil
+        void (*moments)(const float*, int64_t, int64_t, double*, float*) noexcept nogil
         void (*add_rows)(const double*, int64_t, int64_t, int64_t, double*) noexcept nogil
         int64_t (*peak)(int64_t) noexcept nogil
         const dfp_digits* digits
@@ -191,24 +219,3 @@ def peak():
         products = kernel.peak(rounds)
         best = max(best, products / (time.perf_counter() - start))
     return best
-
-
-def set_threads(int n, int64_t small=DFP_SMALL):
-    """Limits every kernel to n threads; 0 means OpenMP's own setting.
-
-    Work of no more than `small` products runs on one thread all the same: tests set it to 0, so
-    that small shapes reach what large ones run.
-    """
-    global dfp_thread_limit, SMALL
-    if n < 0 or small < 0:
-        raise ValueError(
-            f"set_threads: n must be 0 (OpenMP's setting) or positive, small not negative; got "
-            f"{n} and {small}."
-        )
-    dfp_thread_limit = n
-    SMALL = small
-
-
-def threads():
-    """Returns how many threads a kernel may use."""
-    return team_size()

@@ -1,4 +1,4 @@
-# The blocked product on int8 tiles: gemm.pxi's blocks and sums, in the layouts of dfp_digits
+# The driver that multiplies digits on int8 tiles: gemm.pxi's blocks, in the layouts of dfp_digits
 # (microkernels/microkernel.h). A block of A is packed as lines of 64 products, a panel of B as
 # columns; the product of a tile is rounded while the next one is summed.
 #
@@ -40,13 +40,14 @@ cdef bint digits_pay(Gemm* g) noexcept nogil:
 
 
 cdef void digits_plan(Gemm* g) noexcept nogil:
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef Window* w = &g.a.window
     cdef int64_t tile = DFP_DIGIT_TILE, step = DFP_DIGIT_STEP, groups
     d.products = 3 if g.a_bits <= 14 and g.b_bits <= 14 else 4
     d.planes = 3 if d.products == 3 else 2
     d.taps = 1
-    g.mr, g.nr, g.tile_values = tile, tile, tile * tile
+    g.mr, g.nr, g.tile_values, g.sum_bytes = tile, tile, tile * tile, 12
+    g.pack_b, g.multiply, g.sum_of = digits_pack_b_task, digits_task, digits_sum
     g.narrow_k = DFP_DIGIT_K_3 if d.products == 3 else DFP_DIGIT_K_4
 
     lay_flat(g)
@@ -59,7 +60,9 @@ cdef void digits_plan(Gemm* g) noexcept nogil:
         g.kb = DIGITS_LONG
         g.mb = clamp(MIRRORED_SUMS // g.nr // tile * tile, tile, MIRRORED_M)
         d.columns = d.steps = steps_of(g.kb)
+        g.finish = round_mirrored
     elif d.flat:
+        g.position = flat_position
         g.m = g.m // volume(w.positions) * volume(d.pitch)
         g.exponents.row.per = g.exponents.row.per // volume(w.positions) * volume(d.pitch)
         d.columns = steps_of(w.channels)
@@ -74,8 +77,8 @@ cdef void digits_plan(Gemm* g) noexcept nogil:
         g.mb = clamp((FLAT_CACHED if transposed(g) else CACHED) // (d.planes * d.columns * step)
                      // tile * tile, tile, BLOCK_MN if transposed(g) else DIGITS_M)
     g.wide = g.k > g.narrow_k
-    share_out(g, max(g.nr, MIRRORED_N // g.nr * g.nr) if d.mirrored else BLOCK_MN)
-    size_sums(g, 12)
+    share_out(g, max(g.nr, MIRRORED_N // g.nr * g.nr) if d.mirrored else BLOCK_MN, d.mirrored)
+    size_sums(g)
 
     # An odd number of lines from step to step: at a multiple of 4096 bytes they would share a few
     # sets of the first-level cache.
@@ -100,14 +103,14 @@ cdef inline bint transposed(Gemm* g) noexcept nogil:
 cdef inline int64_t gathered_bytes(Gemm* g) noexcept nogil:
     """What is put together for packing: products of a row, or pointers to the pixels of a block."""
     cdef int64_t k = steps_of(g.kb) * DFP_DIGIT_STEP
-    if g.by.mirrored:
-        return (2 * k + round_up(g.by.halo + 4, 4)) * sizeof(void*)
+    if g.digits.mirrored:
+        return (2 * k + round_up(g.digits.halo + 4, 4)) * sizeof(void*)
     return k * sizeof(int16_t)
 
 
 cdef void lay_flat(Gemm* g) noexcept nogil:
     """Lays the image of a window out flat, if that takes less than to gather it."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef Window* w = &g.a.window
     cdef int i
     cdef int64_t reach, least, before, after
@@ -147,9 +150,9 @@ cdef inline int64_t abs64(int64_t x) noexcept nogil:
     return -x if x < 0 else x
 
 
-cdef inline int64_t flat_position(Gemm* g, int64_t line) noexcept nogil:
+cdef int64_t flat_position(Gemm* g, int64_t line) noexcept nogil:
     """The window's position at a pixel of the layout, counted through all images, or -1."""
-    cdef Place at = place_of(g.by.pitch, line)
+    cdef Place at = place_of(g.digits.pitch, line)
     return position_at(&g.a.window, &at)
 
 
@@ -159,8 +162,9 @@ cdef inline int64_t position_at(const Window* w, const Place* at) noexcept nogil
     return ((at.item * w.positions[0] + at.d) * w.positions[1] + at.h) * w.positions[2] + at.w
 
 
-cdef inline int64_t digits_sum(Gemm* g, int64_t hh, int64_t mid, int64_t ll) noexcept nogil:
-    if g.by.products == 3:
+cdef int64_t digits_sum(const Gemm* g, const int32_t* sums, int64_t i) noexcept nogil:
+    cdef int64_t n = g.tile_values, hh = sums[i], mid = sums[n + i], ll = sums[2 * n + i]
+    if g.digits.products == 3:
         return hh * 16384 + (mid - hh - ll) * 128 + ll
     return hh * 65536 + mid * 256 + ll
 
@@ -169,12 +173,12 @@ cdef void digits_pack_b_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
     cdef int64_t panels = (g.n + g.nr - 1) // g.nr
     pack_columns(g, i // panels, i % panels * g.nr, 0, g.k,
-                 <int8_t*>g.scratch + i * g.by.planes * g.by.b_plane)
+                 <int8_t*>g.scratch + i * g.digits.planes * g.digits.b_plane)
 
 
 cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Gemm* g = <Gemm*>work
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef int64_t nr = g.nr, panels = (g.n + nr - 1) // nr, split = i % g.splits
     cdef int64_t k0 = split * g.split_k, end = min(g.k, k0 + g.split_k), kc, panel, t, s, tap
     cdef char* mine = g.scratch + g.shared_bytes + thread * g.task_bytes
@@ -190,7 +194,7 @@ cdef void digits_task(void* work, int64_t i, int thread) noexcept nogil:
     for t in range(round_up(block.mc, g.mr)):
         row[t] = -1
         if t < block.mc:
-            row[t] = row_of_c(g, block.m0 + t) * g.ldc
+            row[t] = row_of_c(g, block.m0 + t) * g.c.ld
             row[t] = max(row[t], <int64_t>-1)
     for s in range(d.steps):
         a_step[s] = s * d.a_step
@@ -261,9 +265,11 @@ cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_r
     if is_fast(g, block, t * g.mr, panel * g.nr):
         rows.sums, rows.c = tile.sums, block.c + block.n0 + panel * g.nr
         rows.row, rows.next, rows.rows, rows.cols = row + t * g.mr, 0, g.mr, cols
-        rows.row_scale, rows.column_scale = block.row_scale + t * g.mr, NULL
+        rows.row_scale, rows.column_scale, rows.bias = block.row_scale + t * g.mr, NULL, NULL
         if block.column_scale != NULL:
             rows.column_scale = block.column_scale + panel * g.nr
+        if block.bias != NULL:
+            rows.bias = block.bias + panel * g.nr
     else:
         round_tile(g, block, t * g.mr, panel * g.nr, acc)
         store_tile(g, block, t * g.mr, panel * g.nr, min(g.mr, block.mc - t * g.mr), cols)
@@ -272,7 +278,7 @@ cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_r
 cdef void multiply_mirrored(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_rows* rows,
                             int64_t panel, int64_t t) noexcept nogil:
     """Sums the tiles of all taps; stores them transposed after the last block of K."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef const int8_t* panel_data = tile.b
     cdef int64_t tap, at
     for tap in range(d.taps):
@@ -286,7 +292,7 @@ cdef void multiply_mirrored(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_dig
 
 cdef inline char* mirrored_sums(Gemm* g, Block* block, int64_t panel, int64_t t,
                                 int64_t tap) noexcept nogil:
-    return block.acc + ((panel * (g.mb // g.mr) + t) * g.by.taps + tap) * g.tile_bytes
+    return block.acc + ((panel * (g.mb // g.mr) + t) * g.digits.taps + tap) * g.tile_bytes
 
 
 cdef void round_mirrored(Gemm* g, Block* block, int64_t panel, int64_t t) noexcept nogil:
@@ -298,23 +304,23 @@ cdef void round_mirrored(Gemm* g, Block* block, int64_t panel, int64_t t) noexce
     cdef dfp_digit_rows done
     done.rows = min(g.mr, block.mc - t * g.mr)
     done.cols = min(<int64_t>DFP_DIGIT_TILE, channels - c0)
-    done.row_scale, done.products = block.row_scale, g.by.products
-    for tap in range(g.by.taps):
+    done.row_scale, done.products = block.row_scale, g.digits.products
+    for tap in range(g.digits.taps):
         acc = mirrored_sums(g, block, panel, t, tap)
-        c = block.c + (tap * channels + c0) * g.ldc + block.m0 + t * g.mr
+        c = block.c + (tap * channels + c0) * g.c.ld + block.m0 + t * g.mr
         if g.fast and not block.careful and g.splits == 1:
             done.sums, done.c = <int32_t*>acc, c
-            kernel.digits.finish_transposed(&done, g.ldc)
+            kernel.digits.finish_transposed(&done, g.c.ld)
             continue
         round_tile(g, block, t * g.mr, 0, acc)
         for j in range(done.cols):
             for i in range(done.rows):
-                c[j * g.ldc + i] = block.spare[i * DFP_DIGIT_TILE + j]
+                c[j * g.c.ld + i] = block.spare[i * DFP_DIGIT_TILE + j]
 
 
 cdef inline int64_t tap_distance(Gemm* g, int64_t tap) noexcept nogil:
     """How many pixels of the layout a tap lies after the pixel of its position."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef Window* w = &g.a.window
     cdef Place at = place_of(w.taps, tap)
     return (((d.first[0] + at.d * w.tap_step[0]) * d.pitch[1]
@@ -327,7 +333,7 @@ cdef inline int64_t tap_distance(Gemm* g, int64_t tap) noexcept nogil:
 cdef void pack_lines(Gemm* g, Block* block, int64_t k0, int64_t kc, int16_t* gathered,
                      int8_t* out) noexcept nogil:
     """The block's rows, products k0 .. k0 + kc, of A."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef ASource* a = &g.a
     cdef const int16_t* data = a.data + block.item * g.a_batch
     cdef const int16_t* row
@@ -357,7 +363,7 @@ cdef void pack_lines(Gemm* g, Block* block, int64_t k0, int64_t kc, int16_t* gat
 cdef void pack_flat(Gemm* g, const int16_t* image, int64_t first, int64_t count,
                     int8_t* out) noexcept nogil:
     """Lines first .. first + count of the padded images."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef int64_t items = g.m // volume(d.pitch), channels = g.a.window.channels, i, j, s, p, n
     cdef const int16_t* pixels[64]
     for i in range(0, count, 64):
@@ -376,22 +382,22 @@ cdef void pack_flat(Gemm* g, const int16_t* image, int64_t first, int64_t count,
 cdef void layout_pixels(Gemm* g, const int16_t* image, int64_t items, int64_t first,
                         int64_t count, const int16_t** pixels) noexcept nogil:
     """Where pixels first .. first + count of the layout lie; NULL in the padding."""
-    cdef int64_t* low = &g.by.low[0]
-    cdef Place at = place_of(g.by.pitch, first)
+    cdef int64_t* low = &g.digits.low[0]
+    cdef Place at = place_of(g.digits.pitch, first)
     cdef int64_t i
     for i in range(count):
         pixels[i] = NULL
         if at.item < items:
             pixels[i] = pixel_or_null(&g.a.window, image, at.item, at.d + low[0], at.h + low[1],
                                       at.w + low[2])
-        go_on(&at, g.by.pitch)
+        go_on(&at, g.digits.pitch)
 
 
 cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int16_t** pixels,
                         int8_t* out) noexcept nogil:
     """A of a mirrored product: filters are lines. Before that, `pixels` are set to those of the
     image, for pack_sliding; the gradient's at the same positions come after them."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef int64_t image = round_up(g.kb + d.halo + 4, 4), k, s, c, position
     cdef int64_t items = g.k // volume(d.pitch), steps = steps_of(kc)
     cdef const int16_t* dy = g.b.data + block.item * g.b_batch
@@ -430,7 +436,7 @@ cdef void pack_mirrored(Gemm* g, Block* block, int64_t k0, int64_t kc, const int
 cdef void pack_sliding(Gemm* g, int64_t channel, int64_t kc, const int16_t** pixels,
                        int8_t* out) noexcept nogil:
     """32 channels of the image, for all taps of a mirrored product."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     kernel.digits.columns_sliding(pixels, steps_of(kc) * DFP_DIGIT_STEP + d.halo + 4, channel,
                                   min(g.a.window.channels - channel, <int64_t>32), d.products,
                                   out, d.b_half, d.b_plane, d.b_copy)
@@ -439,7 +445,7 @@ cdef void pack_sliding(Gemm* g, int64_t channel, int64_t kc, const int16_t** pix
 cdef void pack_transposed(Gemm* g, const int16_t* data, int64_t m0, int64_t mc, int64_t k0,
                           int64_t kc, int8_t* out) noexcept nogil:
     """One step of A where rows of A lie across the data: channels are rows, pixels products."""
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef Window* w = &g.a.window
     cdef int64_t j = m0, run, first, c, k
     cdef const int16_t* rows[64]
@@ -474,7 +480,7 @@ cdef void pack_columns(Gemm* g, int64_t item, int64_t n0, int64_t k0, int64_t kc
                        int8_t* out) noexcept nogil:
     """A panel of B, aligned: columns from n0 on, products k0 .. k0 + kc."""
     cdef const int16_t* data = g.b.data + item * g.b_batch
-    cdef Digits* d = &g.by
+    cdef Digits* d = &g.digits
     cdef BSource* b = &g.b
     cdef int64_t taps = volume(g.a.window.taps), s, k, count, half, i, n, first
     cdef const int16_t** at

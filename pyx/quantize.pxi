@@ -3,6 +3,9 @@
 # The tensor is `groups` groups of n elements, with an exponent each. A task reads some of them for
 # their largest values and, while they are in a cache, writes their mantissas; of groups too large,
 # or too few for all threads, it takes pieces: all are read first, then all are written.
+#
+# What is quantised need not lie in memory: it may be computed as it is read, block by block in the
+# nearest cache, by a map or a gradient of channels.pxi; the floats may be kept besides.
 
 cdef enum Rounding:
     NEAREST
@@ -15,13 +18,22 @@ cdef enum:
     QUANTIZE_GROUP = 524288     # of a group that stays in a cache while it is read twice
     TELLING = 64                # elements that are not zero, fewer of which tell nothing
     SAMPLED = 8192              # elements, from which on a sample tells where to look closer
+    COMPUTED = 4096             # elements that are computed at a time: 16 KB
+    SUM_PIXELS = 128            # of a partial sum
 
 cdef struct Quantize:
-    const float* x
+    const float* x              # or NULL, and one of
+    const dfp_map* map
+    const dfp_gradient* gradient
+    float* kept                 # where what is computed is written besides, or NULL
+    uint8_t* positive           # and whether it is positive, as by dfp_kernel.positive_bits
+    double* partial             # and its sums, if groups are images of `channels`: for every
+    int64_t channels            # SUM_PIXELS pixels, see channels.pxi
     int64_t groups, n
     int bits
     Rounding rounding
-    const int32_t* given        # the exponents, if they are
+    const int32_t* given        # the exponents, if they are, but where x is not finite
+    bint trusted                # are they in `e`, and right?
     uint32_t key[2]
     uint64_t step
     int16_t* q
@@ -57,32 +69,91 @@ cdef inline int32_t exponent_of(const Quantize* z, int64_t group, uint32_t most)
     return floor_log2(max(most, 1u)) - (z.bits - 2)
 
 
+cdef inline void compute(const Quantize* z, int64_t at, int64_t n, float* to) noexcept nogil:
+    if z.map != NULL:
+        kernel.map(z.map, at, n, to)
+    else:
+        kernel.gradient(z.gradient, at, n, to)
+
+
+cdef inline const float* values(const Quantize* z, int64_t at, int64_t n,
+                                float* space) noexcept nogil:
+    """Elements `at` to at + n; at most COMPUTED of them where they are computed."""
+    if z.x != NULL:
+        return z.x + at
+    if z.kept == NULL:
+        compute(z, at, n, space)
+        return space
+    return z.kept + at
+
+
+cdef inline int64_t partial_of(const Quantize* z, int64_t at) noexcept nogil:
+    """Which partial sum element `at` belongs to."""
+    cdef int64_t block = SUM_PIXELS * z.channels
+    return at // z.n * ((z.n + block - 1) // block) + at % z.n // block
+
+
+cdef uint32_t largest(const Quantize* z, int64_t at, int64_t n) noexcept nogil:
+    """The bits of the largest magnitude of n elements; computes what is kept."""
+    cdef float space[COMPUTED]
+    cdef float* to
+    cdef double* sums
+    cdef uint32_t most = 0
+    cdef int64_t end = at + n, part, block = COMPUTED, first = 0
+    if z.x != NULL:
+        return kernel.absmax_bits(z.x + at, n)
+    if z.partial != NULL:
+        # Whole pixels, within a block of SUM_PIXELS.
+        block = COMPUTED // z.channels * z.channels
+    while at < end:
+        part = min(block, end - at)
+        if z.partial != NULL:
+            first = at % z.n % (SUM_PIXELS * z.channels)
+            part = min(part, SUM_PIXELS * z.channels - first)
+        to = z.kept + at if z.kept != NULL else &space[0]
+        compute(z, at, part, to)
+        if z.positive != NULL:
+            kernel.positive_bits(to, part, z.positive + at // 8)
+        if z.partial != NULL:
+            sums = z.partial + partial_of(z, at) * z.channels
+            if first == 0:
+                memset(sums, 0, z.channels * sizeof(double))
+            kernel.channel_sums(to, NULL, NULL, part // z.channels, z.channels, sums)
+        most = max(most, kernel.absmax_bits(to, part))
+        at += part
+    return most
+
+
 cdef bint round_and_watch(Quantize* z, int64_t group, int64_t first, int64_t n,
                           bint stream) noexcept nogil:
-    """round_group; returns whether it may be that half of what is not zero became zero."""
+    """Writes n mantissas of a group from element `first` on; returns whether it may be that half of
+    what is not zero became zero."""
+    cdef float space[COMPUTED]
+    cdef const float* x
     cdef int64_t counts[2]
-    cdef int64_t end = first + n, part
-    cdef const int16_t* q = z.q + group * z.n
+    cdef int64_t at = group * z.n + first, end = at + n, part
+    cdef int64_t block = COMPUTED if z.x == NULL and z.kept == NULL else SAMPLED
+    if not z.watching and z.x != NULL:
+        block = n
+    memset(counts, 0, sizeof(counts))
+    while at < end:
+        # While it is in the nearest cache.
+        part = min(block, end - at)
+        x = values(z, at, part, space)
+        round_block(z, x, group, at, part, stream)
+        if z.watching and n >= SAMPLED:
+            kernel.sample(x, z.q + at, part, counts)
+        at += part
     if not z.watching:
-        round_group(z, group, first, n, stream)
         return False
     if n < SAMPLED:
-        round_group(z, group, first, n, stream)
-        return n >= TELLING and 2 * kernel.zeros(q + first, n) >= n
-    memset(counts, 0, sizeof(counts))
-    while first < end:
-        # While it is in the nearest cache.
-        part = min(<int64_t>SAMPLED, end - first)
-        round_group(z, group, first, part, stream)
-        kernel.sample(z.x + group * z.n + first, q + first, part, counts)
-        first += part
+        return n >= TELLING and 2 * kernel.zeros(z.q + end - n, n) >= n
     return counts[0] and 5 * counts[1] >= 2 * counts[0]
 
 
-cdef void round_group(Quantize* z, int64_t group, int64_t first, int64_t n,
+cdef void round_block(Quantize* z, const float* x, int64_t group, int64_t at, int64_t n,
                       bint stream) noexcept nogil:
-    """Writes n mantissas of a group from element `first` on."""
-    cdef int64_t at = group * z.n + first
+    """Writes the mantissas of x, n elements of a group from `at` on."""
     cdef int32_t e = z.e[group]
     cdef int power, power1
     if e == NAN_EXPONENT:
@@ -90,44 +161,61 @@ cdef void round_group(Quantize* z, int64_t group, int64_t first, int64_t n,
         return
     e = clamp_exponent(e)
     if z.rounding == STOCHASTIC:
-        kernel.stochastic(z.x + at, 1, n, at, &e, qmax_of(z.bits), z.key, z.step, z.q + at)
+        kernel.stochastic(x, 1, n, at, &e, qmax_of(z.bits), z.key, z.step, z.q + at)
         return
     power = -e
     power1 = max(-126, min(126, power))
-    kernel.quantize(z.x + at, n, <float>ldexp(1.0, power1), <float>ldexp(1.0, power - power1),
+    kernel.quantize(x, n, <float>ldexp(1.0, power1), <float>ldexp(1.0, power - power1),
                     <float>qmax_of(z.bits), z.rounding == TRUNCATE, stream, z.q + at)
 
 
 cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
     """Whole groups, read and written in one go."""
     cdef Quantize* z = <Quantize*>work
-    cdef int64_t first = i * z.block, count = min(z.groups - first, z.block), g, at = first * z.n
+    cdef int64_t first = i * z.block, count = min(z.groups - first, z.block), g
+    cdef int64_t end = first + count, part
     cdef bint suspect
-    if 0 < z.n <= DFP_SHORT:
-        if z.given == NULL:
-            kernel.exponents(z.x + at, count, z.n, z.bits, z.e + first)
-        else:
-            for g in range(first, first + count):
-                z.e[g] = exponent_of(z, g, kernel.absmax_bits(z.x + g * z.n, z.n))
-        if z.rounding != STOCHASTIC:
-            kernel.quantize_groups(z.x + at, count, z.n, z.e + first, <float>qmax_of(z.bits),
-                                   z.rounding == TRUNCATE, z.q + at)
-        else:
-            kernel.stochastic(z.x + at, count, z.n, at, z.e + first, qmax_of(z.bits), z.key,
-                              z.step, z.q + at)
-            for g in range(first, first + count):
-                if z.e[g] == NAN_EXPONENT:
-                    memset(z.q + g * z.n, 0, z.n * sizeof(int16_t))
-        suspect = z.counting or (z.watching and z.n >= TELLING and may_lose(z, at, count * z.n))
-        for g in range(first, first + count if suspect else first):
-            if z.counting or 2 * kernel.zeros(z.q + g * z.n, z.n) >= z.n:
-                look_closer(z, g)
+    if 0 < z.n <= DFP_SHORT and z.partial == NULL:
+        while first < end:
+            part = end - first
+            if z.x == NULL:
+                part = min(part, COMPUTED // z.n)
+            short_groups(z, first, part)
+            first += part
     else:
-        for g in range(first, first + count):
-            z.e[g] = exponent_of(z, g, kernel.absmax_bits(z.x + g * z.n, z.n))
+        for g in range(first, end):
+            if not z.trusted:
+                z.e[g] = exponent_of(z, g, largest(z, g * z.n, z.n))
             suspect = round_and_watch(z, g, 0, z.n, z.stream)
             if suspect or z.counting:
                 look_closer(z, g)
+
+
+cdef void short_groups(Quantize* z, int64_t first, int64_t count) noexcept nogil:
+    cdef float space[COMPUTED]
+    cdef const float* x
+    cdef int64_t g, at = first * z.n
+    cdef bint suspect
+    if z.x == NULL:
+        largest(z, at, count * z.n)
+    x = values(z, at, count * z.n, space)
+    if z.given == NULL:
+        kernel.exponents(x, count, z.n, z.bits, z.e + first)
+    else:
+        for g in range(first, first + count):
+            z.e[g] = exponent_of(z, g, kernel.absmax_bits(x + (g - first) * z.n, z.n))
+    if z.rounding != STOCHASTIC:
+        kernel.quantize_groups(x, count, z.n, z.e + first, <float>qmax_of(z.bits),
+                               z.rounding == TRUNCATE, z.q + at)
+    else:
+        kernel.stochastic(x, count, z.n, at, z.e + first, qmax_of(z.bits), z.key, z.step, z.q + at)
+        for g in range(first, first + count):
+            if z.e[g] == NAN_EXPONENT:
+                memset(z.q + g * z.n, 0, z.n * sizeof(int16_t))
+    suspect = z.counting or (z.watching and z.n >= TELLING and may_lose(z, at, count * z.n))
+    for g in range(first, first + count if suspect else first):
+        if z.counting or 2 * kernel.zeros(z.q + g * z.n, z.n) >= z.n:
+            look_closer(z, g)
 
 
 cdef void look_closer(Quantize* z, int64_t group) noexcept nogil:
@@ -153,8 +241,8 @@ cdef void absmax_task(void* work, int64_t i, int thread) noexcept nogil:
     """A piece of a group. Until all have been read, e holds the bits of the largest magnitude."""
     cdef Quantize* z = <Quantize*>work
     cdef int64_t group = i // z.pieces, first = i % z.pieces * z.piece
-    dfp_atomic_max(<uint32_t*>z.e + group, kernel.absmax_bits(
-        z.x + group * z.n + first, min(z.piece, z.n - first)))
+    dfp_atomic_max(<uint32_t*>z.e + group, largest(
+        z, group * z.n + first, min(z.piece, z.n - first)))
 
 
 cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
@@ -176,7 +264,8 @@ cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
 cdef void count_group(Quantize* z, int64_t group, int64_t first, int64_t n,
                       int64_t* counts) noexcept nogil:
     """Counts n elements of a group from `first` on, which has been written."""
-    cdef int64_t at = group * z.n + first
+    cdef float space[COMPUTED]
+    cdef int64_t at = group * z.n + first, end = at + n, part
     cdef double limit = qmax_of(z.bits) * scale_of(z.e[group])
     cdef float below = <float>min(limit, <double>FLT_MAX)
     if z.e[group] == NAN_EXPONENT:
@@ -184,7 +273,10 @@ cdef void count_group(Quantize* z, int64_t group, int64_t first, int64_t n,
         return
     if below > limit:
         below = dfp_float_below(below)
-    kernel.count(z.x + at, z.q + at, n, dfp_bits(below), counts)
+    while at < end:
+        part = end - at if z.x != NULL else min(<int64_t>COMPUTED, end - at)
+        kernel.count(values(z, at, part, space), z.q + at, part, dfp_bits(below), counts)
+        at += part
 
 
 cdef inline void add_counts(int64_t* to, const int64_t* counts) noexcept nogil:
@@ -242,7 +334,8 @@ cdef inline bint in_pieces(const Quantize* z) noexcept nogil:
 
 
 cdef void quantize(Quantize* z) noexcept nogil:
-    """Fills z.q and z.e; z.group_counts, if it is needed, is room for its counts."""
+    """Fills z.q and z.e; z.group_counts, if it is needed, is room for its counts. Exponents that
+    are `trusted` are in z.e already; nothing is kept then."""
     cdef int threads = team_size()
     cdef int64_t g, total = z.groups * z.n
     memset(z.counts, 0, sizeof(z.counts))
@@ -254,14 +347,16 @@ cdef void quantize(Quantize* z) noexcept nogil:
         parallel_for(groups_task, z, (z.groups + z.block - 1) // z.block, threads)
         return
     z.pieces = (z.n + QUANTIZE_CHUNK - 1) // QUANTIZE_CHUNK
-    z.piece = round_up((z.n + z.pieces - 1) // z.pieces, 1024)
+    z.piece = (z.n + z.pieces - 1) // z.pieces
+    z.piece = round_up(z.piece, 1024 if z.partial == NULL else SUM_PIXELS * z.channels)
     z.pieces = (z.n + z.piece - 1) // z.piece
-    memset(z.e, 0, z.groups * sizeof(int32_t))
     if z.counting or z.watching:
         memset(z.group_counts, 0, z.groups * 3 * sizeof(int64_t))
-    parallel_for(absmax_task, z, z.groups * z.pieces, threads)
-    for g in range(z.groups):
-        z.e[g] = exponent_of(z, g, (<uint32_t*>z.e)[g])
+    if not z.trusted:
+        memset(z.e, 0, z.groups * sizeof(int32_t))
+        parallel_for(absmax_task, z, z.groups * z.pieces, threads)
+        for g in range(z.groups):
+            z.e[g] = exponent_of(z, g, (<uint32_t*>z.e)[g])
     parallel_for(round_task, z, z.groups * z.pieces, threads)
     if z.counting or z.watching:
         for g in range(z.groups):

@@ -91,3 +91,24 @@ cdef void parallel_for(task_fn task, void* work, int64_t n, int threads) noexcep
         for i in range(n):
             task(work, i, 0)
         dfp_float_restore(env)
+
+
+def set_threads(int n, int64_t small=DFP_SMALL):
+    """Limits every kernel to n threads; 0 means OpenMP's own setting.
+
+    Work of no more than `small` products runs on one thread all the same: tests set it to 0, so
+    that small shapes reach what large ones run.
+    """
+    global dfp_thread_limit, SMALL
+    if n < 0 or small < 0:
+        raise ValueError(
+            f"set_threads: n must be 0 (OpenMP's setting) or positive, small not negative; got "
+            f"{n} and {small}."
+        )
+    dfp_thread_limit = n
+    SMALL = small
+
+
+def threads():
+    """Returns how many threads a kernel may use."""
+    return team_size()

@@ -385,7 +385,7 @@ def test_attributes_out_of_range(attributes, message):
         lib.dfp_conv(
             x=np.ones((1, 6, 6, 2), np.int16), x_exponent=np.int32(0), x_token=TOKEN,
             w=np.ones((5, 1, 2, 2), np.int16), w_exponent=np.int32(0), w_token=TOKEN,
-            padding="EXPLICIT", depthwise=False, n_statistics=0, **defaults | attributes,
+            padding="EXPLICIT", depthwise=False, **defaults | attributes,
         )  # fmt: skip
 
 
@@ -690,12 +690,6 @@ def test_matmul_takes_exponents_of_groups(a, ea, b, eb, message):
 # ---- Convolutions --------------------------------------------------------------------------------
 
 
-def same_statistics(actual, stated):
-    """Bit for bit, but any NaN is one."""
-    actual = np.where(np.isnan(actual), np.nan, actual)
-    assert_same_bits(actual, np.where(np.isnan(stated), np.nan, stated).astype(np.float64))
-
-
 def check_conv(
     case, rng, x_bits, w_bits, dy_bits, accumulation, kind, exponents=(-5, -7, 2), isas=None
 ):
@@ -723,22 +717,12 @@ def check_conv(
         back(dy, of_dy, w, ew, x.shape, dy_bits=dy_bits, w_bits=w_bits, **options),
         across(x, of_x, dy, of_dy, w.shape, x_bits=x_bits, dy_bits=dy_bits, **options),
     )
-    stated = reference.channel_statistics(y)
     passes = Passes(case, (x, w, dy), (ex, ew, ed), (x_bits, w_bits, dy_bits))
     for isa in isas or [extension.isa()]:
         extension.set_isa(isa)
         for name, result, truth in zip(Passes.names, passes(accumulation), expected, strict=True):
             what = f"{name}, {isa}, {accumulation}: {case} {passes.attributes} {kind} {exponents}"
             assert_same_bits(result, truth, what)
-        y, statistics = lib.dfp_conv(
-            **passes.x, **passes.w, **passes.attributes, accumulation=accumulation, n_statistics=4
-        )
-        assert_same_bits(y, expected[0], f"y with statistics, {isa}")
-        if expected[0].size:
-            for value, name in zip(
-                statistics, ["sum", "sum_of_squares", "min", "max"], strict=True
-            ):
-                same_statistics(value, stated[name])
 
 
 CASES = {
@@ -884,7 +868,7 @@ def test_conv_at_the_ends_of_float32(isa, accumulation, name):
             x = np.zeros((1, 5, 5, case.channels), np.int16)
             inner = case.channels if case.depthwise else case.channels // case.groups
             w = np.ones((*case.kernel, inner, case.filters), np.int16)
-            y, _ = lib.dfp_conv(
+            y = lib.dfp_conv(
                 x=x, x_exponent=np.int32(-(2**31)), x_token=TOKEN,
                 w=w, w_exponent=np.int32(0), w_token=TOKEN, **case.attributes,
             )  # fmt: skip
@@ -931,35 +915,6 @@ def test_depthwise_results_beyond_the_caches(isa, strides):
     check_conv(case, np.random.default_rng(1), 14, 14, 14, "exact", "random", exponents)
 
 
-def check_statistics(x, x_exponent, w, w_exponent):
-    y, statistics = lib.dfp_conv(
-        x=x, x_exponent=np.int32(x_exponent), x_token=TOKEN, w=w, w_exponent=np.int32(w_exponent),
-        w_token=TOKEN, n_statistics=4, strides=(1, 1), dilations=(1, 1),
-    )  # fmt: skip
-    stated = reference.channel_statistics(y.numpy())
-    for value, expected in zip(statistics, stated.values(), strict=True):
-        np.testing.assert_array_equal(value, expected)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_statistics_of_nan_and_infinity(isa):
-    extension.set_isa(isa)
-    x = np.zeros((2, 3, 3, 41), np.int16)
-    x[1, 2, 0, :40] = 8191
-    w = np.eye(41, dtype=np.int16)[np.newaxis, np.newaxis]
-    for exponent in (-(2**31), 120, 0):
-        check_statistics(x, exponent, w, 0)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_statistics_of_several_blocks(isa, threads):
-    rng = np.random.default_rng(0)
-    x, w = mantissas(rng, (2, 64, 63, 3), 14), mantissas(rng, (1, 1, 3, 50), 14)
-    with running(isa, threads, small=0):
-        check_statistics(x, -9, w, -8)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("accumulation", ["exact", "spill"])
 def test_matmul_results_beyond_the_caches(isa, accumulation):
@@ -975,3 +930,47 @@ def test_matmul_results_beyond_the_caches(isa, accumulation):
                 transpose_b=True, accumulation=accumulation,
             )  # fmt: skip
         assert_same_bits(y, expected)
+
+
+BIASED = (
+    "1x1 odd channels", "3x3 same", "first layer", "dilated", "odd groups", "3d", "no batch",
+    "one channel, many filters", "many channels", "long K", "odd images, many channels",
+    "depthwise multiplier", "tiny images",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_is_added_to_the_rounded_result(name, isa):
+    case = CASES[name]
+    rng = np.random.default_rng(3)
+    x = mantissas(rng, case.input_shape, 14, "random")
+    w = mantissas(rng, case.kernel_shape, 14, "random")
+    exponents = one_exponent_each(rng, case.batch, "nan"), np.int32(-7), np.int32(0)
+    passes = Passes(case, (x, w, np.zeros(0, np.int16)), exponents, (14, 14, 14))
+    for accumulation in ("exact", "spill"):
+        attributes = dict(passes.attributes, accumulation=accumulation)
+        with running(isa, 2, small=0):
+            y = lib.dfp_conv(**passes.x, **passes.w, **attributes).numpy()
+            bias = rng.standard_normal(y.shape[-1:]).astype(np.float32)
+            result = lib.dfp_conv_bias(**passes.x, **passes.w, bias=bias, **attributes)
+        assert_same_bits(result, y + bias, f"{name}, {accumulation}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (70, 64, 33), (3, 40_000, 65), (4, 0, 9)])
+def test_a_bias_is_added_to_a_matrix_product(shape, isa):
+    m, k, n = shape
+    rng = np.random.default_rng(4)
+    operands = dict(
+        a=mantissas(rng, (2, m, k), 14, "random"), a_exponent=np.int32(-300), a_token=TOKEN,
+        b=mantissas(rng, (2, k, n), 14, "random"), b_exponent=np.int32(170), b_token=TOKEN,
+    )  # fmt: skip
+    bias = rng.standard_normal(n).astype(np.float32)
+    for accumulation in ("exact", "spill"):
+        with running(isa, 3, small=0):
+            y = lib.dfp_matmul(**operands, accumulation=accumulation).numpy()
+            result = lib.dfp_matmul_bias(**operands, bias=bias, accumulation=accumulation)
+        assert_same_bits(result, y + bias, accumulation)
+    with pytest.raises(Exception, match=f"bias must have {n} elements; got {n + 1}"):
+        lib.dfp_matmul_bias(**operands, bias=np.zeros(n + 1, np.float32))

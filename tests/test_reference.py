@@ -707,8 +707,14 @@ def test_nothing_depends_on_the_units_flush_modes():
         results += bits_of(reference.dequantize(q, -150))
         for accumulation in ("exact", "spill"):
             results += bits_of(reference.matmul(q, -80, q, -70, accumulation=accumulation))
-        statistics = reference.channel_statistics(x.reshape(2, 6, 2))
-        return results + [value.tobytes() for value in statistics.values()]
+        rows, four = x.reshape(2, 3, 4), [x[6:10]] * 3
+        mean, variance = reference.moments(rows)
+        _, dscale, sums = reference.normalize_sums(rows, rows, mean, variance, 1e-40)
+        floats = [mean, variance, dscale, sums]
+        floats += [reference.normalize(rows, x[:4], *four, epsilon, rows) for epsilon in (0, 1e-40)]
+        floats += [reference.normalize_gradient(rows, rows, *four, sums=s) for s in (None, sums)]
+        floats += [reference.mask(rows, rows, clip) for clip in ("relu", "relu6")]
+        return results + [value.tobytes() for value in floats]
 
     expected = everything()
     with flushed_subnormals():
@@ -1156,57 +1162,161 @@ def test_tensorflow_agrees_on_geometry(padding, strides, dilations):
 
 
 # ---------------------------------------------------------------------------------------------
-# Statistics
+# Batch norm
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 3), (3, 5, 2), (2, 2, 3, 4, 1), (4, 2), (1, 1, 1, 1)])
-def test_channel_statistics(shape):
-    rng = np.random.default_rng(9)
-    # Magnitudes so far apart that every order of adding has its own result.
-    y = np.ldexp(rng.standard_normal(shape), rng.integers(-140, 120, shape)).astype(np.float32)
-    statistics = reference.channel_statistics(y)
-    for c in range(shape[-1]):
-        total = squares = 0.0
-        for row in itertools.product(*map(range, shape[:-2])):
-            partial = partial_squares = 0.0
-            for pixel in range(shape[-2]):
-                value = float(y[(*row, pixel, c)])
+def far_apart(rng, *shape):
+    """Magnitudes so far apart that every order of adding has its own result."""
+    x = np.ldexp(rng.standard_normal(shape), rng.integers(-140, 60, shape)).astype(np.float32)
+    # Arithmetic of float32 on the unit itself, which the reference avoids, sees these as well.
+    x[rng.random(shape) < 0.1] = np.float32(-0.0)
+    return x
+
+
+def added_in_order(values):
+    """Adds Python floats `[images, pixels]` of one channel."""
+    total = 0.0
+    for image in values:
+        for first in range(0, len(image), 128):
+            partial = 0.0
+            for value in image[first : first + 128]:
                 partial += value
-                partial_squares += value * value
             total += partial
-            squares += partial_squares
-        assert statistics["sum"][c] == total
-        assert statistics["sum_of_squares"][c] == squares
-        values = [float(v) for v in y[..., c].ravel()]
-        assert statistics["min"][c] == min(values)
-        assert statistics["max"][c] == max(values)
-    assert {k: (v.dtype, v.shape) for k, v in statistics.items()} == {
-        "sum": (np.float64, shape[-1:]),
-        "sum_of_squares": (np.float64, shape[-1:]),
-        "min": (np.float32, shape[-1:]),
-        "max": (np.float32, shape[-1:]),
-    }
+    return total
 
 
-def test_channel_statistics_of_special_values():
-    inf = np.inf
-    y = np.array([[[0.0, -0.0, inf, 1.0, -inf], [-0.0, -0.0, 1.0, np.nan, inf]]], np.float32)
-    statistics = reference.channel_statistics(y)
-    np.testing.assert_array_equal(statistics["sum"], [0, 0, inf, np.nan, np.nan])
-    np.testing.assert_array_equal(statistics["sum_of_squares"], [0, 0, inf, np.nan, inf])
-    np.testing.assert_array_equal(statistics["min"], [0, 0, 1, np.nan, -inf])
-    np.testing.assert_array_equal(statistics["max"], [0, 0, inf, np.nan, inf])
-    for value in statistics.values():
-        assert not np.signbit(value[:2]).any()
-    empty = reference.channel_statistics(np.zeros((0, 3, 1), np.float32))
-    assert [empty[k].tolist() for k in ("sum", "sum_of_squares", "min", "max")] == [
-        [0.0],
-        [0.0],
-        [inf],
-        [-inf],
+SHAPES_OF_ROWS = [(4, 2), (300, 1), (2, 3, 4, 3), (3, 129, 2), (2, 17, 16, 1), (2, 2, 3, 4, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
+def test_moments_and_sums(shape):
+    rng = np.random.default_rng(9)
+    x, dy = far_apart(rng, *shape), far_apart(rng, *shape)
+    mean, variance = reference.moments(x)
+    given = far_apart(rng, 2, shape[-1])
+    given[1] = abs(given[1])
+    doffset, dscale, sums = reference.normalize_sums(dy, x, *given, epsilon=1e-3)
+    images = 1 if len(shape) == 2 else shape[0]
+    n = x.size // shape[-1]
+    for c in range(shape[-1]):
+        values, gradients = (
+            t[..., c].reshape(images, -1).astype(np.float64).tolist() for t in (x, dy)
+        )
+        m = added_in_order(values) / n
+        v = added_in_order([[a * a for a in image] for image in values]) / n - m * m
+        assert mean[c] == np.float32(m)
+        assert variance[c] == np.float32(max(v, 0.0))
+        centred = (x[..., c] - given[0, c]).reshape(images, -1).astype(np.float64).tolist()
+        products = [
+            [a * b for a, b in zip(*pair, strict=True)]
+            for pair in zip(gradients, centred, strict=True)
+        ]
+        total, product = added_in_order(gradients), added_in_order(products)
+        deviation = math.sqrt(float(given[1, c]) + float(np.float32(1e-3)))
+        assert sums[:, c].tolist() == [total, product]
+        assert doffset[c] == np.float32(total)
+        assert dscale[c] == np.float32(product * (1 / deviation))
+    assert [t.dtype for t in (mean, variance, doffset, dscale)] == [np.float32] * 4
+    assert sums.dtype == np.float64
+    alone, *none = reference.normalize_sums(dy)
+    assert bits_of(alone) == bits_of(doffset)
+    assert none == [None, None]
+
+
+def test_moments_of_special_values():
+    inf, nan = np.inf, np.nan
+    x = np.array([[[0.0, -0.0, inf, 1.0, -inf], [-0.0, -0.0, 1.0, nan, inf]]], np.float32)
+    mean, variance = reference.moments(x)
+    np.testing.assert_array_equal(mean, [0, 0, inf, nan, nan])
+    np.testing.assert_array_equal(variance, [0, 0, nan, nan, nan])
+    assert not np.signbit(mean[:2]).any()
+    assert not np.signbit(variance[:2]).any()
+    # Rounding may leave less than nothing.
+    x = np.full((1, 7, 1), 0.1, np.float32)
+    assert reference.moments(x)[1] >= 0
+    for shape in ((0, 3, 1), (2, 0, 1), (0, 1)):
+        assert np.isnan(reference.moments(np.zeros(shape, np.float32))).all()
+        doffset, _, _ = reference.normalize_sums(np.zeros(shape, np.float32))
+        assert bits_of(doffset) == [0]
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_ROWS)
+def test_normalize_is_float32_arithmetic(shape):
+    rng = np.random.default_rng(8)
+    x, residual, dy = (far_apart(rng, *shape) for _ in range(3))
+    mean, offset, scale, variance = far_apart(rng, 4, shape[-1])
+    variance = abs(variance)
+    epsilon = np.float32(1e-3)
+    r = 1 / np.sqrt(variance.astype(np.float64) + np.float64(epsilon))
+    s = scale * r
+    with np.errstate(all="ignore"):
+        y = (x - mean) * s.astype(np.float32) + offset
+        six = np.where(y + residual > 6, np.float32(6), np.maximum(y + residual, np.float32(0)))
+        sums = np.array([offset, mean], np.float64)
+        n = x.size // shape[-1]
+        b, c = (-s * r * r * (sums[1] / n)).astype(np.float32), (-s * (sums[0] / n))
+        given = s.astype(np.float32) * dy
+        dx = given + (b * (x - mean) + c.astype(np.float32))
+    four = offset, mean, variance, scale, 1e-3
+    norm = x, mean, variance, scale, 1e-3
+    pairs = [
+        (reference.normalize(x), x),
+        (reference.normalize(x, residual=residual), x + residual),
+        (reference.normalize(x, offset), x + offset),
+        (reference.normalize(x, *four), y),
+        (reference.normalize(x, *four, residual), y + residual),
+        (reference.normalize_gradient(dy, *norm), given),
+        (reference.normalize_gradient(dy, *norm, sums), dx),
     ]
-    with pytest.raises(ValueError, match="float32"):
-        reference.channel_statistics(np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="rank 2"):
-        reference.channel_statistics(np.zeros(3, np.float32))
+    for received, expected in pairs:
+        assert expected.dtype == np.float32
+        assert bits_of(received) == bits_of(expected)
+    # Zeros of either sign are what they were.
+    np.testing.assert_array_equal(reference.normalize(x, *four, residual, "relu6"), six)
+    assert bits_of(reference.normalize(x, clip="relu")) == bits_of(np.where(x < 0, 0, x))
+
+
+def test_clipping_and_masks():
+    inf, nan = np.inf, np.nan
+    y = np.array([[-inf, -1, -0.0, 0, 1e-45, 1, 6, 7, inf, nan]], np.float32)
+    clipped = {
+        "relu": [0, 0, -0.0, 0, 1e-45, 1, 6, 7, inf, nan],
+        "relu6": [0, 0, -0.0, 0, 1e-45, 1, 6, 6, 6, nan],
+    }
+    kept = {"relu": [0, 0, 0, 0, 1, 1, 1, 1, 1, 0], "relu6": [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]}
+    for clip in clipped:
+        z = reference.normalize(y, clip=clip)
+        assert bits_of(z[:, :-1]) == bits_of(np.float32(clipped[clip][:-1]))
+        assert np.isnan(z[0, -1])
+        for dy in (3.0, -1e-45):
+            dy = np.full_like(y, dy)
+            expected = dy * np.float32(kept[clip])
+            assert bits_of(reference.mask(dy, y, clip)) == bits_of(expected)
+            assert bits_of(reference.mask(dy, z, clip)) == bits_of(expected)
+        infinite = reference.mask(np.full_like(y, inf), y, clip)[0]
+        np.testing.assert_array_equal(infinite, np.where(kept[clip], inf, nan))
+
+
+def test_arguments_of_batch_norm():
+    x, c = np.zeros((2, 3), np.float32), np.zeros(3, np.float32)
+    for call in (reference.moments, reference.normalize, reference.normalize_sums):
+        with pytest.raises(ValueError, match="must be float32 of rank 2 or more, received float64"):
+            call(np.zeros((2, 3)))
+        with pytest.raises(ValueError, match=r"rank 2 or more, received float32 of shape \(3,\)"):
+            call(c)
+    wrong = [
+        (lambda: reference.normalize(x, clip="relu7"), "normalize: `clip` must be one of"),
+        (lambda: reference.normalize(x, c, c), "offset alone or none, received .'offset', 'mean'"),
+        (lambda: reference.normalize(x, c[:2]), "normalize: `offset` must be float32 of shape .3,"),
+        (lambda: reference.normalize(x, residual=x.T), "`residual` must be float32 of shape .2, 3"),
+        (lambda: reference.mask(x, x, "none"), "mask: `clip` must be one of"),
+        (lambda: reference.mask(x, x.T, "relu"), "mask: `y` must be float32 of shape .2, 3"),
+        (lambda: reference.normalize_sums(x, x), "`x`, `mean` and `variance` must be given togeth"),
+        (lambda: reference.normalize_sums(x, x, c, c[:1]), "normalize_sums: `variance` must be fl"),
+        (lambda: reference.normalize_gradient(x, x, c, c, x), "normalize_gradient: `scale` must"),
+        (lambda: reference.normalize_gradient(x, x, c, c, c, 0, x), "`sums` must be float64 of sh"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -12,7 +12,7 @@ from test_networks import CONVOLUTIONS
 from keras_dfp import reference
 from keras_dfp.native import extension, lib
 
-MB = 2**20
+KB, MB = 2**10, 2**20
 
 
 def up(n, to):
@@ -153,12 +153,34 @@ def test_quantize():
             assert extension.most_scratch() <= 24 * groups
 
 
-def test_statistics():
-    x, w = np.zeros((3, 50, 60, 4), np.int16), np.zeros((1, 1, 4, 100), np.int16)
-    operands = dict(x=x, x_exponent=np.int32(0), x_token=TOKEN)
-    operands |= dict(w=w, w_exponent=np.int32(0), w_token=TOKEN)
-    extension.most_scratch()
-    lib.dfp_conv(**operands, strides=[1, 1], dilations=[1, 1], n_statistics=4)
+def test_sums_of_channels():
+    """A block of 128 pixels has two sums, and a pair of bounds, of each channel."""
     threads = extension.threads()
-    product = bound_of_product(1, 4, 100, 1, threads, (14, 14), "exact")
-    assert 0 < extension.most_scratch() <= max(product, 24 * 3 * 50 * 100 + 64)
+    for shape in ((3, 50, 60, 100), (2000, 7), (300, 1, 1), (2, 40, 40, 1000), (0, 5)):
+        x, ones = np.ones(shape, np.float32), np.ones(shape[-1:], np.float32)
+        images, pixels = (1, shape[0]) if len(shape) == 2 else (shape[0], math.prod(shape[1:-1]))
+        blocks = images * up(pixels, 128) // 128
+        extension.most_scratch()
+        lib.dfp_moments(x=x)
+        most = 24 * blocks * shape[-1] + 16 * shape[-1] + KB
+        assert extension.most_scratch() <= most, shape
+        norm = [x, ones, ones]
+        lib.dfp_normalize_sums(parts=[x], mask_map=norm[:1], mask_bits=[], norm=norm)
+        most = 16 * blocks * shape[-1] + threads * 4 * max(4096, shape[-1]) + KB
+        assert extension.most_scratch() <= most, shape
+
+
+def test_normalize():
+    """Parameters are repeated, up to 64 and more channels."""
+    for shape in ((3, 5, 7), (2, 9, 1000)):
+        x, ones = np.ones(shape, np.float32), np.ones(shape[-1:], np.float32)
+        n = max(shape[-1], 128)
+        extension.most_scratch()
+        lib.dfp_normalize(x=x, parameters=[ones] * 4, residual=[], bounds=[], step=[], want_q=True)
+        assert extension.most_scratch() <= 12 * n
+        sums = np.ones((2, *ones.shape))
+        lib.dfp_normalize_gradient(
+            parts=[x], mask_map=[x, *[ones] * 4], mask_bits=[], norm=[x, *[ones] * 3], sums=[sums],
+            step=[], want_q=True,
+        )  # fmt: skip
+        assert extension.most_scratch() <= 16 * n

@@ -20,11 +20,12 @@ layer with another policy computes exactly what it computes without the plugin.
     inputs.py      what a model was last called with
     products.py    the dispatchers: convolutions, matmul, einsum, attention
     attention.py   what masks hide does not decide exponents
+    normalization.py   batch norm, biases and residual sums on native ops
     rnn.py         constants of a recurrent loop are quantised before it
     remat.py       recomputation and custom gradients keep their policy
     losses.py      a warning where an operand loses much of itself
     jit.py         no XLA for layers on integers
-    recording.py   watches a trace, for `describe`
+    recording.py   watches a trace: products, operands, batch norm; for `describe`
 
 To do one more thing differently, decorate `make(original) -> replacement` with
 `registry.replaces(owner, name)`. `keras_dfp.policy` and `keras_dfp.model_policy` add the entries
@@ -34,6 +35,7 @@ that concern policies.
 from keras_dfp.backend import attention as attention
 from keras_dfp.backend import inputs as inputs
 from keras_dfp.backend import jit as jit
+from keras_dfp.backend import normalization as normalization
 from keras_dfp.backend import products as products
 from keras_dfp.backend import remat as remat
 from keras_dfp.backend import rnn as rnn

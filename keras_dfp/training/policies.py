@@ -18,7 +18,7 @@ def policy(spelling: str) -> keras.DTypePolicy:
 
     Args:
         spelling: One of `POLICIES`; a DFPPolicy may be followed by its `OPTIONS`, each as
-            `:option=value`. Several products are joined by `+`.
+            `:option=value`. Several products are joined by `+`; `fused` is true or false.
 
     Raises:
         ValueError: If there is no such policy, option or value.
@@ -44,5 +44,7 @@ def policy(spelling: str) -> keras.DTypePolicy:
             )
         if key == "mantissa_bits" and value.isdecimal():
             value = int(value)
+        if key == "fused" and value in ("true", "false"):
+            value = value == "true"
         values[key] = value.split("+") if key == "products" else value
     return DFPPolicy(name, **values)

@@ -276,6 +276,7 @@ amx_finish_rows(dfp_digit_rows *e, int64_t count) {
             __m512 y = e->products == 3 ? amx_round(hh, mid, ll, 7, scale)
                                         : amx_round(hh, mid, ll, 8, scale);
             if (e->column_scale) y = _mm512_mul_ps(y, _mm512_loadu_ps(e->column_scale + j * 16));
+            if (e->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(e->bias + j * 16));
             float *c = e->c + e->row[i] + j * 16;
             const int64_t left = e->cols - j * 16;
             if (left >= 16 && e->stream) _mm512_stream_ps(c, y);

@@ -26,6 +26,12 @@
 #define F_LOADU(p) _mm256_loadu_ps(p)
 #define F_STOREU(p, f) _mm256_storeu_ps(p, f)
 #define F_STREAM(p, f) _mm256_stream_ps(p, f)
+#define F_POSITIVE(f) _mm256_movemask_ps(_mm256_cmp_ps(f, _mm256_setzero_ps(), _CMP_GT_OQ))
+#define F_EIGHT _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128)
+#define F_ONES(bits)                                                                       \
+    _mm256_and_ps(_mm256_set1_ps(1.0f),                                                    \
+                  _mm256_castsi256_ps(_mm256_cmpeq_epi32(                                  \
+                      _mm256_and_si256(_mm256_set1_epi32((bits)[0]), F_EIGHT), F_EIGHT)))
 #define V_ZIPLO(a, b) _mm256_unpacklo_epi16(a, b)
 #define V_ZIPHI(a, b) _mm256_unpackhi_epi16(a, b)
 #define V_FIRST(lo, hi) _mm256_permute2x128_si256(lo, hi, 0x20)

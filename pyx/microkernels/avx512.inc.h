@@ -26,6 +26,9 @@
 #define F_LOADU(p) _mm512_loadu_ps(p)
 #define F_STOREU(p, f) _mm512_storeu_ps(p, f)
 #define F_STREAM(p, f) _mm512_stream_ps(p, f)
+#define F_POSITIVE(f) _mm512_cmp_ps_mask(f, _mm512_setzero_ps(), _CMP_GT_OQ)
+#define F_ONES(bits) \
+    _mm512_maskz_mov_ps((__mmask16)((bits)[0] | (bits)[1] << 8), _mm512_set1_ps(1.0f))
 #define V_ZIPLO(a, b) _mm512_unpacklo_epi16(a, b)
 #define V_ZIPHI(a, b) _mm512_unpackhi_epi16(a, b)
 #define V_FIRST(lo, hi) \

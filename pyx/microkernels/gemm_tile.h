@@ -112,6 +112,9 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
 #undef F_LOADU
 #undef F_STOREU
 #undef F_STREAM
+#undef F_POSITIVE
+#undef F_ONES
+#undef F_EIGHT
 #undef V_ZIPLO
 #undef V_ZIPHI
 #undef V_FIRST

@@ -448,46 +448,6 @@ TARGET static void DFP_CAT(depthwise_spill__, ISA)(const dfp_terms *t) {
 
 #undef SPILL_BLOCK
 
-/* `width` channels from c on; the compiler keeps them in registers. */
-#define STATISTICS_BLOCK(size)                                                           \
-    for (; c + (size) <= n; c += (size)) {                                               \
-        enum { width = size };                                                           \
-        double sum[width], square[width];                                                \
-        float low[width], high[width];                                                   \
-        for (int i = 0; i < width; i++) {                                                \
-            sum[i] = square[i] = 0.0;                                                    \
-            low[i] = bounds[c + i], high[i] = bounds[n + c + i];                         \
-        }                                                                                \
-        for (int64_t p = 0; p < pixels; p++) {                                           \
-            const float *v = y + p * n + c;                                              \
-            for (int i = 0; i < width; i += 16) __builtin_prefetch(v + next + i, 0, 2);  \
-            for (int i = 0; i < width; i++) {                                            \
-                sum[i] += (double)v[i];                                                  \
-                square[i] += (double)v[i] * (double)v[i];                                \
-                low[i] = v[i] < low[i] ? v[i] : low[i];                                  \
-                high[i] = v[i] > high[i] ? v[i] : high[i];                               \
-            }                                                                            \
-        }                                                                                \
-        for (int i = 0; i < width; i++) {                                                \
-            sums[c + i] = sum[i], sums[n + c + i] = square[i];                           \
-            bounds[c + i] = low[i], bounds[n + c + i] = high[i];                         \
-        }                                                                                \
-    }
-
-TARGET static void DFP_CAT(statistics_f32__, ISA)(const float *y, int64_t pixels, int64_t n,
-                                                  double *restrict sums,
-                                                  float *restrict bounds) {
-    /* The row after this one, which is most likely read next: steps of n floats are too long for
-     * the hardware to foresee. */
-    const int64_t next = pixels * n;
-    int64_t c = 0;
-    STATISTICS_BLOCK(32)
-    STATISTICS_BLOCK(8)
-    STATISTICS_BLOCK(1)
-}
-
-#undef STATISTICS_BLOCK
-
 TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t count, int64_t stride,
                                                 int64_t n, double *restrict total) {
     for (int64_t c = 0; c < n; c++) total[c] = 0.0;
@@ -495,6 +455,7 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
         for (int64_t c = 0; c < n; c++) total[c] += rows[r * stride + c];
 }
 
+#include "channels.h"
 #include "depthwise.h"
 
 /* Their part of a dfp_kernel. */
@@ -507,5 +468,7 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
         DFP_CAT(align_pairs_s16__, ISA),                                                 \
         DFP_CAT(interleave_s16__, ISA), DFP_CAT(copy_rows_s16__, ISA),                   \
         DFP_CAT(depthwise_patch__, ISA), DFP_CAT(depthwise_dots__, ISA),                 \
-        DFP_CAT(depthwise_spill__, ISA), DFP_CAT(statistics_f32__, ISA),                 \
+        DFP_CAT(depthwise_spill__, ISA), DFP_CAT(map_f32__, ISA),                        \
+        DFP_CAT(positive_bits__, ISA), DFP_CAT(gradient_f32__, ISA),                     \
+        DFP_CAT(channel_sums__, ISA), DFP_CAT(moments_f32__, ISA),                       \
         DFP_CAT(add_rows_f64__, ISA)

@@ -22,7 +22,7 @@
  * c[i * ldc + j]. The caller guarantees that |v|, and every sum of some of its products, is below
  * 2**47, and that neither a scale nor a nonzero result of either multiplication is subnormal, nor
  * that of the first infinite where that of both is not. A scale may be NaN, and so is then what it
- * multiplies. If `c` is NULL, the sum goes to acc.
+ * multiplies. Then bias[j] is added, unless it is NULL. If `c` is NULL, the sum goes to acc.
  *        With `stream`, c and ldc are multiples of 64 bytes, and the stores may go past the caches.
  */
 #ifndef DFP_MICROKERNEL_H
@@ -39,7 +39,7 @@ typedef struct {
     int32_t *acc;
     float *c;
     int64_t ldc;
-    const float *row_scale, *column_scale;
+    const float *row_scale, *column_scale, *bias;
     int stream;
 } dfp_tile;
 
@@ -129,13 +129,13 @@ typedef struct {
 } dfp_digit_tile;
 
 /* Rows of a tile whose sums are complete: row i, rounded once and scaled, goes to c[row[i] + j],
- * j < cols, unless row[i] is negative. Scales and `stream` as in dfp_tile. */
+ * j < cols, unless row[i] is negative. Scales, bias and `stream` as in dfp_tile. */
 typedef struct {
     const int32_t *sums;
     float *c;
     const int64_t *row;
     int64_t next, rows, cols;
-    const float *row_scale, *column_scale;
+    const float *row_scale, *column_scale, *bias;
     int products, stream;
 } dfp_digit_rows;
 
@@ -168,6 +168,31 @@ typedef struct {
      * c[j * ldc + i], i < rows. */
     void (*finish_transposed)(const dfp_digit_rows *done, int64_t ldc);
 } dfp_digits;
+
+/* y = clip((x - center) * scale + offset + residual): batch norm, a bias, a residual sum, ReLU.
+ * Every operation rounds to float. Arrays that are NULL leave their step out (center and scale together);
+ * those of channels repeat themselves up to n channels. As a mask, `high` is NaN for none. */
+typedef struct {
+    const float *x, *residual;
+    const float *center, *scale, *offset;
+    float low, high;
+    int64_t n;
+} dfp_map;
+
+enum { DFP_PARTS = 8 };     /* that are added in one expression, as TensorFlow's AddN does */
+
+/* The gradient dy that arrives: the sum of the parts, in order, times 1 where the mask's map
+ * (without its clipping) is above 0 and not from `high` on, or the bit is set, else times 0; and
+ * with `a`, that of batch norm, dx = a * dy + (b * (x - center) + c), or a * dy where b is NULL. */
+typedef struct {
+    const float *parts[DFP_PARTS];
+    int n_parts;
+    const uint8_t *bits;
+    dfp_map mask;               /* its x is NULL for none */
+    int self;                   /* are the mask's x and center those below? */
+    const float *x, *center, *a, *b, *c;
+    int64_t n;                  /* as of a map, and the mask's */
+} dfp_gradient;
 
 enum { DFP_SHORT = 80 };    /* elements of a group whose overhead would exceed its work */
 
@@ -223,9 +248,20 @@ typedef struct {
     void (*depthwise_patch)(const dfp_patch *);
     void (*depthwise_dots)(const dfp_patch *);
     void (*depthwise_spill)(const dfp_terms *);
-    /* Of y[pixels][n], pixel by pixel in double: sums[c] the sum, sums[n + c] the sum of squares.
-     * bounds[c] and bounds[n + c] become smaller and larger where y is; a NaN may leave them. */
-    void (*statistics)(const float *y, int64_t pixels, int64_t n, double *sums, float *bounds);
+    /* y[i] = element first + i of the map, i < count. */
+    void (*map)(const dfp_map *, int64_t first, int64_t count, float *y);
+    /* Bit i % 8 of bits[i / 8] says whether y[i] > 0; n is a multiple of 8. */
+    void (*positive_bits)(const float *y, int64_t n, uint8_t *bits);
+    /* dx[i] = element first + i of the gradient, i < count; with bits, `first` is a multiple of
+     * 8. */
+    void (*gradient)(const dfp_gradient *, int64_t first, int64_t count, float *dx);
+    /* Of y[pixels][n], pixel by pixel in double: adds y to sums[c] and, if there is a `center`,
+     * y * (x - center[c]) to sums[n + c], where the difference is rounded to float. */
+    void (*channel_sums)(const float *y, const float *x, const float *center, int64_t pixels,
+                         int64_t n, double *sums);
+    /* The same of y and its squares; bounds[c] and bounds[n + c] become smaller and larger where y
+     * is, a NaN may leave them. */
+    void (*moments)(const float *y, int64_t pixels, int64_t n, double *sums, float *bounds);
     /* total[c] = the sum over r < count, in order, of rows[r * stride + c]. */
     void (*add_rows)(const double *rows, int64_t count, int64_t stride, int64_t n, double *total);
     /* Does nothing but multiply-accumulate, on registers; returns how many products. */

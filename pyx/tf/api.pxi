@@ -97,6 +97,8 @@ cdef struct TFApi:
         TF_OpKernelConstruction*, const char*, int32_t*, int32_t*, TF_Status*) noexcept nogil
     void (*OpKernelConstruction_GetAttrBool)(
         TF_OpKernelConstruction*, const char*, unsigned char*, TF_Status*) noexcept nogil
+    void (*OpKernelConstruction_GetAttrFloat)(
+        TF_OpKernelConstruction*, const char*, float*, TF_Status*) noexcept nogil
     void (*OpKernelConstruction_GetAttrInt64)(
         TF_OpKernelConstruction*, const char*, int64_t*, TF_Status*) noexcept nogil
     void (*OpKernelConstruction_GetAttrInt64List)(
@@ -126,7 +128,8 @@ cdef extern from *:
         "TF_NewKernelBuilder", "TF_RegisterKernelBuilder", "TF_NumInputs", "TF_GetInput",
         "TF_AllocateOutput", "TF_AllocateTemp", "TF_OpKernelContext_Failure",
         "TF_OpKernelConstruction_Failure", "TF_OpKernelConstruction_GetAttrSize",
-        "TF_OpKernelConstruction_GetAttrBool", "TF_OpKernelConstruction_GetAttrInt64",
+        "TF_OpKernelConstruction_GetAttrBool", "TF_OpKernelConstruction_GetAttrFloat",
+        "TF_OpKernelConstruction_GetAttrInt64",
         "TF_OpKernelConstruction_GetAttrInt64List", "TF_OpKernelConstruction_GetAttrString",
         "TF_DeleteTensor", "TF_NumDims", "TF_Dim", "TF_TensorData", "TF_TensorType",
     };

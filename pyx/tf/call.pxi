@@ -3,7 +3,7 @@
 
 cdef enum:
     MAX_RANK = 16
-    MAX_HELD = 16
+    MAX_HELD = 32
     MOST = 2147483647       # of a kernel's size, stride, dilation or padding: products of two fit
 
 cdef struct Shape:
@@ -18,6 +18,7 @@ cdef struct Call:
     int held_count
     TF_Tensor* held[MAX_HELD]
     bint failed
+    float_env env               # the thread's own: between open_call and close_call, the default
 
 cdef extern from *:
     """
@@ -38,7 +39,7 @@ cdef extern from *:
 
 cdef void open_call(Call* c, const char* op, TF_OpKernelContext* context) noexcept nogil:
     c.op, c.context, c.status = op, context, tf.NewStatus()
-    c.held_count, c.failed = 0, False
+    c.held_count, c.failed, c.env = 0, False, dfp_float_default()
 
 
 cdef void close_call(Call* c) noexcept nogil:
@@ -48,6 +49,7 @@ cdef void close_call(Call* c) noexcept nogil:
     for i in range(c.held_count):
         tf.DeleteTensor(c.held[i])
     tf.DeleteStatus(c.status)
+    dfp_float_restore(c.env)
 
 
 cdef inline bint ok(Call* c) noexcept nogil:
@@ -63,9 +65,15 @@ cdef void fail(Call* c, const char* message) noexcept nogil:
 
 
 cdef inline TF_Tensor* hold(Call* c, TF_Tensor* t) noexcept nogil:
-    if t != NULL:
-        c.held[c.held_count] = t
-        c.held_count += 1
+    """Has it released in the end. There is room for all that an op has and takes."""
+    if t == NULL:
+        return t
+    if c.held_count == MAX_HELD:
+        tf.DeleteTensor(t)
+        fail(c, "more tensors than it has room for")
+        return NULL
+    c.held[c.held_count] = t
+    c.held_count += 1
     return t
 
 
@@ -200,6 +208,7 @@ cdef enum Padding:
 cdef struct Attrs:
     int64_t a_bits, b_bits          # of the two operands in the order of the op's inputs
     bint spill
+    bint bias                       # is there one, after the operands?
     Rounding rounding               # of DfpQuantize
     int64_t seed, tensor_id, group_axes, n_counts
     char site[200]
@@ -211,7 +220,6 @@ cdef struct Attrs:
     int64_t explicit[6]
     Padding padding
     bint depthwise
-    int64_t n_statistics
 
 
 cdef inline int64_t int_attr(TF_OpKernelConstruction* k, const char* name,
@@ -219,6 +227,14 @@ cdef inline int64_t int_attr(TF_OpKernelConstruction* k, const char* name,
     cdef int64_t v = 0
     if tf.GetCode(st) == TF_OK:
         tf.OpKernelConstruction_GetAttrInt64(k, name, &v, st)
+    return v
+
+
+cdef inline float float_attr(TF_OpKernelConstruction* k, const char* name,
+                             TF_Status* st) noexcept nogil:
+    cdef float v = 0
+    if tf.GetCode(st) == TF_OK:
+        tf.OpKernelConstruction_GetAttrFloat(k, name, &v, st)
     return v
 
 

@@ -111,6 +111,24 @@ static void choose_scales(const float **row_scale, const float **column_scale) {
     for (int i = 0; i < MAX_SCALES && !both; i++) column_exponents[i] = 0;
 }
 
+static float any_float(void) {
+    static const float special[] = {0.0f, -0.0f, 0.5f, -1.5f, 2.5f, 3.4028235e38f, -3.4028235e38f,
+                                    1e-45f, -1.1754944e-38f, 8191.5f, -32767.5f};
+    if (word() % 4 == 0) return special[word() % (sizeof special / sizeof *special)];
+    if (word() % 4 == 0) return float_of((word() & 0xfff00000u) % 0x7f800000u);
+    if (word() % 2) return (float)between(-70000, 70000) / 2;
+    const uint32_t bits = word();
+    return (bits >> 23 & 255) == 255 ? 1.0f : float_of(bits);
+}
+
+static float biases[MAX_SCALES];
+
+/* Half of the time. */
+static const float *choose_bias(void) {
+    for (int i = 0; i < MAX_SCALES; i++) biases[i] = any_float();
+    return word() % 2 ? biases : NULL;
+}
+
 static int exponent_at(int64_t i, int64_t j) {
     const int row = row_exponents[i], column = column_exponents[j];
     return row == NAN_EXPONENT || column == NAN_EXPONENT ? NAN_EXPONENT : row + column;
@@ -181,9 +199,11 @@ static void check_c(const dfp_tile *t, int spill, const char *what) {
     for (float *c = c_space; c < c_space + MAX_TILE * (MAX_TILE + 32); c++) {
         const int64_t i = (c - t->c) / t->ldc, j = (c - t->c) % t->ldc;
         float expected = float_of(0x7fc0dead);
-        if (c >= t->c && c < end && j < nr)
+        if (c >= t->c && c < end && j < nr) {
             expected = rounded(spill ? (int64_t)float_sum[i][j] : exact_sum[i][j],
                                exponent_at(i, j));
+            if (t->bias) expected += t->bias[j];
+        }
         CHECK(bits_of(*c) == bits_of(expected), "%s, c[%d][%d]: got %a, expected %a", what, (int)i,
               (int)j, *c, expected);
     }
@@ -197,6 +217,7 @@ static void check_tile(int spill) {
     const int parts = between(1, 3);
     dfp_tile t = {.acc = acc_space};
     choose_scales(&t.row_scale, &t.column_scale);
+    t.bias = choose_bias();
     t.chain = word() % 4 ? limit : between(1, limit);
     t.resume = word() % 3 == 0;
     for (int i = 0; i < kernel->mr; i++)
@@ -248,6 +269,7 @@ static void check_rounding(void) {
     const int tile = kernel->mr * nr;
     dfp_tile t = {.acc = acc_space, .resume = 1, .c = c_space, .ldc = nr};
     choose_scales(&t.row_scale, &t.column_scale);
+    t.bias = choose_bias();
     fill_operands(&t, 1, LARGEST, 0, 0);
     t.segment = t.chain = 1;
     for (int n = 0; n < tile; n++) {
@@ -266,16 +288,6 @@ static void check_rounding(void) {
 /* ---- Quantise, align, interleave ------------------------------------------------------------- */
 
 enum { MAX_N = 300, MAX_LONG = 5000, MAX_GROUPS = 300, ALL_GROUPS = MAX_GROUPS * DFP_SHORT };
-
-static float any_float(void) {
-    static const float special[] = {0.0f, -0.0f, 0.5f, -1.5f, 2.5f, 3.4028235e38f, -3.4028235e38f,
-                                    1e-45f, -1.1754944e-38f, 8191.5f, -32767.5f};
-    if (word() % 4 == 0) return special[word() % (sizeof special / sizeof *special)];
-    if (word() % 4 == 0) return float_of((word() & 0xfff00000u) % 0x7f800000u);
-    if (word() % 2) return (float)between(-70000, 70000) / 2;
-    const uint32_t bits = word();
-    return (bits >> 23 & 255) == 255 ? 1.0f : float_of(bits);
-}
 
 /* To nearest, ties to even, or toward zero. */
 static int quantized(float x, int power, int qmax, int truncate) {
@@ -808,43 +820,181 @@ static void check_round(void) {
           exponent, got, expected);
 }
 
-/* ---- Statistics ------------------------------------------------------------------------------ */
+/* ---- Channels -------------------------------------------------------------------------------- */
 
-static int same(double a, double b) { return a == b || (isnan(a) && isnan(b)); }
+enum { MAX_ROWS = 20, MAX_FLAT = MAX_ROWS * MAX_CHANNELS };
 
-static void check_statistics(void) {
-    static float y[20 * MAX_CHANNELS];
-    static double sums[2 * MAX_CHANNELS + 1];
-    static float bounds[2 * MAX_CHANNELS + 1];
-    const int64_t n = between(1, MAX_CHANNELS), pixels = between(0, 20);
-    const int special = word() % 4 == 0;
-    float before[2 * MAX_CHANNELS];
-    for (int64_t i = 0; i < pixels * n; i++)
-        y[i] = any_float();
-    for (int64_t i = 0; special && i < pixels * n; i += between(1, 100))
-        y[i] = float_of(0x7f800000u + (word() % 3 << 22));      /* an infinity or a NaN */
-    for (int c = 0; c < 2 * n; c++) {
-        before[c] = word() % 2 ? any_float() : c < n ? INFINITY : -INFINITY;
-        bounds[c] = before[c];
+/* Infinities and NaN too, if there are to be some. */
+static void any_floats(float *x, int64_t n, int special) {
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = any_float();
+        if (special && word() % 50 == 0) x[i] = float_of(0x7f800000u + (word() % 3 << 22));
+    }
+}
+
+static int same(float a, float b) { return bits_of(a) == bits_of(b) || (isnan(a) && isnan(b)); }
+
+static int same_sum(double a, double b) { return a == b || (isnan(a) && isnan(b)); }
+
+/* A map of some of its steps; its arrays have so many elements and channels. */
+static dfp_map any_map(int64_t size, int64_t n, int special) {
+    static float x[MAX_FLAT], residual[MAX_FLAT];
+    static float center[MAX_CHANNELS], scale[MAX_CHANNELS], offset[MAX_CHANNELS];
+    static const float lows[] = {-INFINITY, 0.0f, 0.0f}, highs[] = {INFINITY, INFINITY, 6.0f};
+    const int steps = word() % 3, clip = word() % 3;
+    any_floats(x, size, special), any_floats(residual, size, special);
+    any_floats(center, n, special), any_floats(scale, n, special), any_floats(offset, n, special);
+    return (dfp_map){
+        .x = x,
+        .residual = word() % 2 ? residual : NULL,
+        .center = steps > 1 ? center : NULL,
+        .scale = steps > 1 ? scale : NULL,
+        .offset = steps > 0 ? offset : NULL,
+        .low = lows[clip],
+        .high = highs[clip],
+        .n = n,
+    };
+}
+
+static float mapped(const dfp_map *m, int64_t i) {
+    const int64_t c = i % m->n;
+    float v = m->x[i];
+    if (m->center) v = v - m->center[c], v = v * m->scale[c];
+    if (m->offset) v = v + m->offset[c];
+    if (m->residual) v = v + m->residual[i];
+    return v;
+}
+
+static void check_map(void) {
+    static float y[MAX_FLAT + 1];
+    const int64_t n = between(1, MAX_CHANNELS), size = MAX_ROWS * n;
+    const int64_t first = between(0, size), count = between(0, size - first);
+    const dfp_map m = any_map(size, n, word() % 2);
+    y[count] = 12345.0f;
+    kernel->map(&m, first, count, y);
+    for (int64_t i = 0; i < count; i++) {
+        float v = mapped(&m, first + i);
+        if (v < m.low) v = m.low;
+        if (v > m.high) v = m.high;
+        CHECK(same(y[i], v), "element %d + %d of %d channels: got %a, expected %a", (int)first,
+              (int)i, (int)n, y[i], v);
+    }
+    CHECK(y[count] == 12345.0f, "wrote beyond the end");
+}
+
+static void check_positive_bits(void) {
+    static float y[MAX_N + 8];
+    static uint8_t bits[MAX_N / 8 + 2];
+    const int64_t n = between(0, MAX_N / 8) * 8;
+    any_floats(y, n, word() % 2);
+    bits[n / 8] = 123;
+    kernel->positive_bits(y, n, bits);
+    for (int64_t i = 0; i < n; i++)
+        CHECK((bits[i / 8] >> (i % 8) & 1) == (y[i] > 0.0f), "element %d of %d: %a", (int)i, (int)n,
+              y[i]);
+    CHECK(bits[n / 8] == 123, "wrote beyond the end");
+}
+
+static void check_gradient(void) {
+    static float parts[DFP_PARTS][MAX_FLAT], x[MAX_FLAT], dx[MAX_FLAT + 1];
+    static float a[MAX_CHANNELS], b[MAX_CHANNELS], c[MAX_CHANNELS], center[MAX_CHANNELS];
+    static uint8_t bits[MAX_FLAT / 8 + 1];
+    const int64_t n = between(1, MAX_CHANNELS), size = MAX_ROWS * n;
+    const int special = word() % 2, mask = word() % 3, norm = word() % 3;
+    int64_t first = between(0, size);
+    if (mask == 1) first -= first % 8;
+    const int64_t count = between(0, size - first);
+    dfp_gradient g = {.n_parts = (int)between(1, DFP_PARTS), .n = n};
+    for (int k = 0; k < g.n_parts; k++) {
+        any_floats(parts[k], size, special);
+        g.parts[k] = parts[k];
+    }
+    for (int64_t i = 0; i <= size / 8; i++) bits[i] = (uint8_t)word();
+    if (mask == 1) g.bits = bits;
+    if (mask == 2) {
+        g.mask = any_map(size, n, special);
+        g.mask.residual = NULL;
+        g.mask.high = word() % 2 ? 6.0f : NAN;
+    }
+    any_floats(x, size, special), any_floats(center, n, special);
+    any_floats(a, n, special), any_floats(b, n, special), any_floats(c, n, special);
+    g.x = x, g.center = center;
+    if (norm > 0) g.a = a;
+    if (norm > 1) g.b = b, g.c = c;
+    dx[count] = 12345.0f;
+    kernel->gradient(&g, first, count, dx);
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t at = first + i, channel = at % n;
+        float dy = parts[0][at];
+        for (int k = 1; k < g.n_parts; k++) dy = dy + parts[k][at];
+        if (mask == 1) dy = dy * (float)(bits[at / 8] >> (at % 8) & 1);
+        if (mask == 2) {
+            const float v = mapped(&g.mask, at);
+            dy = dy * (v > 0.0f && !(v >= g.mask.high) ? 1.0f : 0.0f);
+        }
+        if (norm > 0) dy = a[channel] * dy;
+        if (norm > 1) {
+            float v = x[at] - center[channel];
+            v = b[channel] * v;
+            v = v + c[channel];
+            dy = dy + v;
+        }
+        CHECK(same(dx[i], dy),
+              "element %d of %d channels, %d parts, mask %d, norm %d: got %a, expected %a", (int)at,
+              (int)n, g.n_parts, mask, norm, dx[i], dy);
+    }
+    CHECK(dx[count] == 12345.0f, "wrote beyond the end");
+}
+
+static void check_channel_sums(void) {
+    static float y[MAX_FLAT], x[MAX_FLAT], center[MAX_CHANNELS];
+    static double sums[2 * MAX_CHANNELS + 1], before[2 * MAX_CHANNELS];
+    const int64_t n = between(1, MAX_CHANNELS), pixels = between(0, MAX_ROWS);
+    const int two = word() % 2, special = word() % 2;
+    any_floats(y, pixels * n, special), any_floats(x, pixels * n, special);
+    any_floats(center, n, special);
+    for (int64_t c = 0; c < 2 * n; c++) sums[c] = before[c] = any_float();
+    sums[(1 + two) * n] = 12345.0;
+    kernel->channel_sums(y, two ? x : NULL, two ? center : NULL, pixels, n, sums);
+    for (int64_t c = 0; c < n; c++) {
+        double sum = before[c], products = before[n + c];
+        for (int64_t p = 0; p < pixels; p++) {
+            const float v = x[p * n + c] - center[c];
+            sum += y[p * n + c];
+            products += (double)y[p * n + c] * v;
+        }
+        CHECK(same_sum(sums[c], sum) && (!two || same_sum(sums[n + c], products)),
+              "channel %d of %d, %d pixels: got %a, %a, expected %a, %a", (int)c, (int)n,
+              (int)pixels, sums[c], sums[n + c], sum, products);
+    }
+    CHECK(sums[(1 + two) * n] == 12345.0, "wrote beyond the end");
+}
+
+static void check_moments(void) {
+    static float y[MAX_FLAT], bounds[2 * MAX_CHANNELS + 1], around[2 * MAX_CHANNELS];
+    static double sums[2 * MAX_CHANNELS + 1], before[2 * MAX_CHANNELS];
+    const int64_t n = between(1, MAX_CHANNELS), pixels = between(0, MAX_ROWS);
+    any_floats(y, pixels * n, word() % 2);
+    for (int64_t c = 0; c < 2 * n; c++) {
+        sums[c] = before[c] = any_float();
+        bounds[c] = around[c] = word() % 2 ? any_float() : c < n ? INFINITY : -INFINITY;
     }
     sums[2 * n] = bounds[2 * n] = 12345.0f;
-    kernel->statistics(y, pixels, n, sums, bounds);
+    kernel->moments(y, pixels, n, sums, bounds);
     for (int64_t c = 0; c < n; c++) {
-        double sum = 0.0, square = 0.0;
-        float low = before[c], high = before[n + c];
-        int nan = 0;
+        double sum = before[c], square = before[n + c];
+        float low = around[c], high = around[n + c];
         for (int64_t p = 0; p < pixels; p++) {
             const float v = y[p * n + c];
             sum += v;
             square += (double)v * v;
-            low = fminf(low, v), high = fmaxf(high, v);
-            nan |= isnan(v);
+            if (v < low) low = v;
+            if (v > high) high = v;
         }
-        CHECK(same(sums[c], sum) && same(sums[n + c], square),
+        CHECK(same_sum(sums[c], sum) && same_sum(sums[n + c], square),
               "channel %d of %d: got sums %a, %a, expected %a, %a", (int)c, (int)n, sums[c],
               sums[n + c], sum, square);
-        CHECK((bounds[c] == low || (nan && isnan(bounds[c]))) &&
-                  (bounds[n + c] == high || (nan && isnan(bounds[n + c]))),
+        CHECK(bounds[c] == low && bounds[n + c] == high,
               "channel %d of %d: got bounds %a, %a, expected %a, %a", (int)c, (int)n, bounds[c],
               bounds[n + c], low, high);
     }
@@ -969,13 +1119,14 @@ static void place_rows(dfp_digit_rows *done, int64_t *row) {
     done->row = row;
     done->next = 0;
     choose_scales(&done->row_scale, &done->column_scale);
+    done->bias = choose_bias();
     const int64_t ldc = done->stream ? 48 : done->cols + between(0, 20), turn = between(0, 31);
     for (int i = 0; i < DIGITS_C; i++) digits_c[i] = digits_expected[i] = float_of(0x7fc0dead);
     for (int64_t i = 0; i < done->rows; i++) {
         row[i] = word() % 8 ? (i + turn) % SIDE * ldc : -1;
         for (int64_t j = 0; j < done->cols && row[i] >= 0; j++)
             digits_expected[done->c - digits_c + row[i] + j] =
-                rounded(tile_sum[i][j], exponent_at(i, j));
+                rounded(tile_sum[i][j], exponent_at(i, j)) + (done->bias ? done->bias[j] : 0.0f);
     }
 }
 
@@ -1121,7 +1272,11 @@ static void check_kernel(const dfp_kernel *k) {
     for (int i = 0; i < 300; i++) check_dots();
     for (int i = 0; i < 1000; i++) check_depthwise_spill();
     for (int i = 0; i < 10000; i++) check_round();
-    for (int i = 0; i < 500; i++) check_statistics();
+    for (int i = 0; i < 1000; i++) check_map();
+    for (int i = 0; i < 200; i++) check_positive_bits();
+    for (int i = 0; i < 1000; i++) check_gradient();
+    for (int i = 0; i < 500; i++) check_channel_sums();
+    for (int i = 0; i < 500; i++) check_moments();
     for (int i = 0; i < 200; i++) check_add_rows();
     if (k->digits) check_digits();
     CHECK(k->peak(1000) > 0, "no products counted");

@@ -1,0 +1,146 @@
+# DfpQuantize, DfpDequantize, DfpToken.
+
+cdef void register_quantize(TF_Status* st) noexcept nogil:
+    register_op(
+        "DfpQuantize", QUANTIZE_SIGNATURE, quantize_shape, quantize_create, quantize_compute, st)
+    register_op("DfpDequantize", "q: int16; e: int32; token: float -> y: float", same_shape, NULL,
+                dequantize_compute, st)
+    register_op("DfpToken", "x: float; shape: n_shape * int32 -> token: float | "
+                "perm: list(int) = []; n_shape: int >= 0 = 0", unknown_shape, NULL, token_compute,
+                st)
+
+
+cdef extern from *:
+    """
+    #define DFP_QUANTIZE_SIGNATURE  \\
+        "x: float; exponent: n_exponent * int32; step: n_step * int64 -> "  \\
+        "q: int16; e: int32; counts: n_counts * int64 | " DFP_QUANTIZE_ATTRS "; "  \\
+        "n_counts: int >= 0 = 0; n_exponent: int >= 0 = 0; n_step: int >= 0 = 0; fused: bool = true"
+    """
+    const char* QUANTIZE_SIGNATURE "DFP_QUANTIZE_SIGNATURE"
+
+
+cdef void quantize_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
+    """How many axes the exponents have, an attribute says, which a C shape function cannot read:
+    keras_dfp.native sets it."""
+    cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
+    same_shape(c, st)
+    tf.ShapeInferenceContextSetOutput(c, 1, unknown, st)
+    tf.DeleteShapeHandle(unknown)
+
+
+cdef void quantize_attrs(TF_OpKernelConstruction* k, Attrs* a, TF_Status* st) noexcept nogil:
+    cdef char rounding
+    a.a_bits = int_attr(k, "mantissa_bits", st)
+    a.seed = int_attr(k, "seed", st)
+    a.tensor_id = int_attr(k, "tensor_id", st)
+    a.group_axes = int_attr(k, "group_axes", st)
+    text_attr(k, "site", a.site, sizeof(a.site), st)
+    rounding = first_letter(k, "rounding", st)
+    a.rounding = STOCHASTIC if rounding == c"s" else TRUNCATE if rounding == c"t" else NEAREST
+    check_bits(a.a_bits, "mantissa_bits", st)
+
+
+cdef void* quantize_create(TF_OpKernelConstruction* k) noexcept nogil:
+    cdef Attrs* a = <Attrs*>calloc(1, sizeof(Attrs))
+    cdef TF_Status* st = tf.NewStatus()
+    quantize_attrs(k, a, st)
+    a.n_counts = int_attr(k, "n_counts", st)
+    if tf.GetCode(st) == TF_OK and not 0 <= a.n_counts <= 1:
+        tf.SetStatus(st, TF_INVALID_ARGUMENT, "n_counts must be 0 or 1")
+    finish_create(k, st)
+    return a
+
+
+cdef void quantize_call(Call* c, const Attrs* a, Quantize* z, const Shape* shape, int output,
+                        const void* step) noexcept nogil:
+    """Fills in how, and where to: the outputs `output` and the next. What is quantised, and its
+    groups, are there already."""
+    z.bits, z.rounding = <int>a.a_bits, a.rounding
+    z.key[0], z.key[1] = <uint32_t>a.seed, <uint32_t>a.tensor_id
+    if ok(c):
+        z.step = (<const uint64_t*>step)[0] if step != NULL else 0
+        z.q = <int16_t*>set_output(c, output, TF_INT16, shape.dim, shape.rank)
+        z.e = <int32_t*>set_output(c, output + 1, TF_INT32, shape.dim, <int>a.group_axes)
+    z.counting, z.watching = a.n_counts, a.site[0] and not a.told
+    z.by_pieces = ok(c) and in_pieces(z)
+    if z.by_pieces and (z.counting or z.watching):
+        z.group_counts = <int64_t*>get_scratch(c, z.groups * 3 * sizeof(int64_t))
+
+
+cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
+    cdef Attrs* a = <Attrs*>attrs
+    cdef Call c
+    cdef Quantize z
+    cdef Shape shape
+    cdef Shape other
+    cdef int64_t three = 3
+    cdef int64_t* counts = NULL
+    cdef int i, n, exponents = 0, steps = 0
+    cdef char text[300]
+    cdef void* data
+    cdef const void* step = NULL
+    memset(&z, 0, sizeof(z))
+    open_call(&c, "DfpQuantize", context)
+    z.x = <float*>get_input(&c, 0, "x", &shape)
+    if ok(&c) and not 0 <= a.group_axes <= shape.rank:
+        snprintf(text, sizeof(text), "group_axes must be from 0 to the rank of x; got %lld and "
+                 "rank %d", <long long>a.group_axes, shape.rank)
+        fail(&c, text)
+    if ok(&c):
+        z.groups = elements(shape.dim, <int>a.group_axes)
+        z.n = elements(shape.dim + a.group_axes, shape.rank - <int>a.group_axes)
+    # Both lists are optional and hold at most one tensor; what they are is seen by their type, and
+    # an exponent (int32) comes before a step (int64).
+    n = tf.NumInputs(context)
+    for i in range(1, n):
+        if exponents > 1 or steps > 1:
+            break
+        data = get_input(&c, i, "exponent or step", &other)
+        if ok(&c):
+            if tf.TensorType(c.held[c.held_count - 1]) == TF_INT32:
+                z.given = <int32_t*>data
+                exponents += 1
+                if elements(other.dim, other.rank) != z.groups:
+                    fail(&c, "exponent must hold one for each group")
+            else:
+                step = data
+                steps += 1
+                if other.rank != 0:
+                    fail(&c, "step must be a scalar")
+    if exponents > 1 or steps > 1:
+        fail(&c, "exponent and step must hold at most one tensor each")
+    quantize_call(&c, a, &z, &shape, 0, step)
+    if ok(&c) and a.n_counts:
+        counts = <int64_t*>set_output(&c, 2, TF_INT64, &three, 1)
+    if ok(&c):
+        quantize(&z)
+        if counts != NULL:
+            memcpy(counts, z.counts, sizeof(z.counts))
+        if z.watching and much_is_lost(z.worst):
+            a.told = tell_loss(a.site, z.worst)
+    close_call(&c)
+
+
+cdef void dequantize_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
+    cdef Call c
+    cdef Shape shape
+    cdef int16_t* q
+    cdef Operand e
+    cdef float* y = NULL
+    open_call(&c, "DfpDequantize", context)
+    q = <int16_t*>get_input(&c, 0, "q", &shape)
+    get_exponents(&c, 1, "e", elements(shape.dim, shape.rank) if ok(&c) else 0, &e)
+    if ok(&c):
+        y = <float*>set_output(&c, 0, TF_FLOAT, shape.dim, shape.rank)
+    if ok(&c):
+        dequantize(q, e.e, e.count, elements(shape.dim, shape.rank), y)
+    close_call(&c)
+
+
+cdef void token_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
+    cdef Call c
+    cdef int64_t none = 0
+    open_call(&c, "DfpToken", context)
+    set_output(&c, 0, TF_FLOAT, &none, 1)
+    close_call(&c)
