@@ -1,4 +1,4 @@
-"""Watching a model being traced: which layer multiplied what, and how."""
+"""Watching a model being traced: which layer multiplied what, and how; which normalised what."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tensorflow.python.framework import op_callbacks
 
 from keras_dfp import ops
 from keras_dfp.backend.calling import Decision, calling_layer, decide
+from keras_dfp.operand import Quantized, noted
 
 # TensorFlow ops that multiply, and what Keras calls them. Whoever calls them directly passes by
 # Keras, and by the policy.
@@ -30,16 +31,56 @@ _DFP_PRODUCTS = frozenset(["DfpMatmul", "DfpConv", "DfpConvBackpropInput"])
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One traced product: `layer` ran `operation` as `decision` says, in the graph `graph`."""
+    """One traced product: `layer` ran `operation` as `decision` says, in the graph `graph`.
+
+    `operands` are the tensors that it quantised, or found quantised, in a graph.
+    """
 
     layer: keras.layers.Layer | None
     operation: str
     decision: Decision
     graph: tf.Graph
+    operands: list[Quantized] = dataclasses.field(default_factory=list, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """One traced call of a `BatchNormalization`.
+
+    Attributes:
+        layer: The layer.
+        x: What it normalised.
+        mean: With which mean.
+        reason: Why not on the native op; empty if it did.
+        whole: Whether the statistics are native too, and their gradient a part of the op's.
+    """
+
+    layer: keras.layers.Layer
+    x: tf.Tensor
+    mean: tf.Tensor
+    reason: str
+    whole: bool
+
+
+class Recording(list[Product]):
+    """The products that were traced, in their order, and what else was seen.
+
+    Attributes:
+        normalizations: What batch norm did.
+        makers: From an op of a graph to the layer that made it.
+        graph: The graph that `trace` traced the model in.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.normalizations: list[Normalization] = []
+        self.makers: dict[tf.Operation, keras.layers.Layer | None] = {}
+        self.graph: tf.Graph | None = None
 
 
 class _State(threading.local):
-    products: list[Product] | None = None
+    products: Recording | None = None
+    operands: list[Quantized] = ()
     inside_product = False
 
 
@@ -47,19 +88,20 @@ _state = _State()
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Product]]:
+def record() -> Iterator[Recording]:
     """Collects the products traced inside the `with` block, by layer.
 
     Besides those that pass the dispatcher, it sees the multiplying TensorFlow ops that a layer
     creates directly, such as `tf.matmul`.
     """
-    _state.products = []
+    _state.products, _state.operands = Recording(), []
     op_callbacks.add_op_callback(_watch_op)
     try:
-        yield _state.products
+        with noted(_state.operands.append):
+            yield _state.products
     finally:
         op_callbacks.remove_op_callback(_watch_op)
-        _state.products = None
+        _state.products, _state.operands = None, ()
 
 
 def active() -> bool:
@@ -71,7 +113,7 @@ class TraceError(ValueError):
     """A model cannot be called with the inputs it was to be traced with."""
 
 
-def trace(model: keras.layers.Layer, inputs) -> list[Product]:
+def trace(model: keras.layers.Layer, inputs) -> Recording:
     """Returns what a model multiplies in the forward pass of a training step.
 
     Args:
@@ -81,6 +123,11 @@ def trace(model: keras.layers.Layer, inputs) -> list[Product]:
     Raises:
         TraceError: If it cannot be called with them.
     """
+
+    def call(*args):
+        _state.products.graph = tf.compat.v1.get_default_graph()
+        return model(*args, training=True)
+
     functions_run_eagerly = tf.config.functions_run_eagerly()
     # What a tf.function of the user's multiplies shows only while it is traced, and it may have
     # been before; so it is inlined. One that needs AutoGraph cannot be.
@@ -88,7 +135,7 @@ def trace(model: keras.layers.Layer, inputs) -> list[Product]:
         tf.config.run_functions_eagerly(inline)
         try:
             with record() as products:
-                keras.src.backend.compute_output_spec(model, inputs, training=True)
+                keras.src.backend.compute_output_spec(call, inputs)
             return products
         except Exception as exception:
             error = exception
@@ -106,21 +153,36 @@ def product(layer, operation: str, decision: Decision) -> Iterator[None]:
     if _state.products is None or _state.inside_product:
         yield
         return
-    _note(layer, operation, decision)
+    _state.operands.clear()
+    noticed = _note(layer, operation, decision)
     _state.inside_product = True
     try:
         yield
     finally:
         _state.inside_product = False
+        noticed.operands.extend(_state.operands)
+        _state.operands.clear()
+
+
+def normalized(layer, x, mean, reason: str = "", whole: bool = False) -> None:
+    """Notes a call of a `BatchNormalization` if somebody is recording, as `Normalization` says."""
+    if _state.products is not None:
+        _state.products.normalizations.append(Normalization(layer, x, mean, reason, whole))
 
 
 def _watch_op(op_type, inputs, attrs, outputs, op_name=None, graph=None):
-    if _state.products is None or _state.inside_product:
+    if _state.products is None:
+        return
+    if graph is not None and outputs:
+        _state.products.makers[outputs[0].op] = calling_layer()
+    if _state.inside_product:
         return
     if op_type in _RAW_PRODUCTS:
         _note(layer := calling_layer(), op_type, _decide_raw(layer, op_type))
     elif op_type in _DFP_PRODUCTS:
-        _note(calling_layer(), op_type, Decision(ops.current_format(), "calls keras_dfp.ops"))
+        decision = Decision(ops.current_format(), "calls keras_dfp.ops")
+        _note(calling_layer(), op_type, decision).operands.extend(_state.operands)
+        _state.operands.clear()
 
 
 def _decide_raw(layer, op_type) -> Decision:
@@ -133,6 +195,7 @@ def _decide_raw(layer, op_type) -> Decision:
     return Decision(None, reason)
 
 
-def _note(layer, operation, decision):
+def _note(layer, operation, decision) -> Product:
     graph = tf.compat.v1.get_default_graph()
     _state.products.append(Product(layer, operation, decision, graph))
+    return _state.products[-1]

@@ -10,6 +10,7 @@ from keras.src.backend.tensorflow import core
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import bind_caller
 from keras_dfp.backend.registry import replaces
+from keras_dfp.operand import noted
 
 
 @replaces(core, "remat", "f")
@@ -49,7 +50,9 @@ def _custom_gradient(original):
 def _trace(backward, outputs, variables):
     """Shows the recording what the backward function multiplies."""
     upstream = map(tf.ones_like, tf.nest.flatten(outputs))
-    if variables:
-        backward(*upstream, variables=variables)
-    else:
-        backward(*upstream)
+    # Only the forward pass has operands to tell of.
+    with noted(None):
+        if variables:
+            backward(*upstream, variables=variables)
+        else:
+            backward(*upstream)

@@ -1,4 +1,4 @@
-"""`keras-dfp describe`: which layers of a model run on integers, and why the others do not."""
+"""`keras-dfp describe`: which layers of a model run on integers, and what their inputs are."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from keras_dfp import zoo
 )
 def describe(model: str, policy: str | None) -> None:
     """Show what runs on integers in MODEL, layer by layer, and why the rest stays FP32.
+
+    Also what each layer's input is fused with, or which float it comes from, and how many bytes are
+    kept for the backward pass.
 
     MODEL is a .keras file, or the name of a network of the zoo or of a model of
     keras.applications.
