@@ -59,7 +59,7 @@ def columns(benchmark: str, run: dict) -> list[Column]:
         return [
             Column("policy", lambda row: row["policy"], 16, text=True),
             _ms("ms a step", "step_ms", 11),
-            Column("images/s", lambda row: f"{row['images_per_s']:.2f}", 10),
+            Column("samples/s", lambda row: f"{row['images_per_s']:.2f}", 11),
             _against(first, "images_per_s"),
             Column("peak MB", lambda row: f"{row['peak_memory_mb']:.0f}"),
             _against(first, "peak_memory_mb"),
@@ -144,10 +144,9 @@ def title(benchmark: str, run: dict) -> str:
     settings, machine = run["settings"], run["machine"]
     parts = [benchmark]
     if "network" in settings:
-        size = settings["image_size"]
-        parts = [
-            f"{benchmark}: {settings['network']}, batch {settings['batch']}, {size}x{size} images"
-        ]
+        parts = [f"{benchmark}: {settings['network']}, batch {settings['batch']}"]
+        if size := settings["image_size"]:
+            parts[0] += f", {size}x{size} images"
     parts.append(f"median of {settings['repeats']}")
     held = machine["onednn_max_cpu_isa"]
     parts.append(
@@ -211,15 +210,15 @@ def _kinds(rows: list[Row]) -> Table:
             if kind is None:
                 return "-"
             share = kind["ms"] / found[policy]["all"]["ms"]
-            return f"{kind['ms']:.0f} {share:4.0%} {kind['mb'] / 1e3:5.1f}"
+            return f"{kind['ms']:.1f} {share:4.0%} {kind['mb']:7.0f}"
 
         return text
 
     return Table(
-        "Where a step's time goes: ms, share, GB read and written",
+        "Where a step's time goes: ms, share, MB read and written",
         [
-            Column("kind of op", lambda row: row["kind"], 26, text=True),
-            *(Column(policy, cell(policy), 20) for policy in found),
+            Column("kind of op", lambda row: row["kind"], 38, text=True),
+            *(Column(policy, cell(policy), 22) for policy in found),
         ],
         [{"kind": name} for name in [*names, "all"]],
     )

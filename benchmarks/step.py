@@ -1,8 +1,8 @@
 """Whole training steps of a network under one policy: throughput, memory, and where time goes.
 
-The policy gets a process of its own, so that the peak of the resident memory is its own too. Images
-are random and in memory: an input pipeline is not part of the figure. Where the time goes is read
-off TensorFlow's profiler: the time of every op, less that of ops inside it, by kind.
+The policy gets a process of its own, so that the peak of the resident memory is its own too.
+Samples are random and in memory: an input pipeline is not part of the figure. Where the time goes
+is read off TensorFlow's profiler: the time of every op, less that of ops inside it, by kind.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import keras
 import tensorflow as tf
 
 from keras_dfp.benchmarks.machine import medians
-from keras_dfp.benchmarks.networks import build
+from keras_dfp.benchmarks.networks import build, data
 
 # Kinds of op by their type: the first pattern found decides. TensorFlow prefixes and suffixes types
 # of its own, such as _MklNativeConv2D and _FusedConv2D. What XLA runs is seen as
 # ExecuteAsyncOnStream: Keras gives it convolutions in groups, and nothing else here.
 TYPES = {
     "convolutions and products": r"Conv(?!ert)|Mat[Mm]ul|^Execute\w*OnStream",
+    "batch norm, ReLU and quantising fused": r"^Dfp(Moments|Normalize)",
     "quantisation": r"^Dfp(Quantize|Dequantize|Token)",
     "casts": r"Cast$",
     "sums of gradients": r"AddN$",
@@ -32,11 +33,15 @@ TYPES = {
 # Kinds of op by the class of the layer they belong to, for all others.
 LAYERS = {
     "BatchNormalization": "batch norm",
+    "LayerNormalization": "layer norm",
+    "Embedding": "embedding",
+    "TokenAndPositionEmbedding": "embedding",
     "Activation": "activation",
     "ReLU": "activation",
     "Add": "residual sums",
     "MaxPooling2D": "pooling",
     "AveragePooling2D": "pooling",
+    "GlobalAveragePooling1D": "pooling",
     "GlobalAveragePooling2D": "pooling",
     "LocalResponseNormalization": "response normalisation",
     "Conv2D": "bias and ReLU of products",
@@ -44,20 +49,25 @@ LAYERS = {
     "Dense": "bias and ReLU of products",
 }
 OTHER = "other"
+# The attributes that say which outputs a DfpNormalize or a DfpNormalizeGradient writes.
+WANTS = {
+    "y": "want_y",
+    "q": "want_q",
+    "e": "want_q",
+    "mask": "want_mask",
+    "doffset": "want_doffset",
+}
 
 
 def measure(settings: dict) -> Iterator[dict | str]:
     """Yields one row; settings: network, policy, batch, image_size, repeats."""
-    policy, batch, size = (settings[name] for name in ("policy", "batch", "image_size"))
+    policy, batch = settings["policy"], settings["batch"]
     yield f"{settings['network']} {policy}"
     keras.utils.set_random_seed(1)
-    model = build(settings["network"], size, policy)
-    model.compile(
-        keras.optimizers.SGD(0.01, momentum=0.9), keras.losses.SparseCategoricalCrossentropy()
-    )
+    model = build(settings["network"], settings["image_size"], policy)
+    x, y, loss = data(model, batch)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
     model.optimizer.build(model.trainable_variables)
-    x = tf.random.normal([batch, size, size, 3])
-    y = tf.random.uniform([batch], maxval=model.output_shape[-1], dtype=tf.int32)
 
     # What `fit` runs for a batch, without its loop.
     @tf.function(autograph=False, jit_compile=False)
@@ -114,13 +124,14 @@ def profile(run, graph, model: keras.Model) -> list[dict]:
         ops = list(timed_ops(path.read_bytes()))
     classes = {layer.name: type(layer).__name__ for layer in model.layers}
     classes[model.optimizer.name] = "optimizer"
-    moved = {op.name: _bytes(op.inputs) + _bytes(op.outputs) for op in graph.get_operations()}
+    moved = {op.name: _bytes([*op.inputs, *written(op)]) for op in operations(graph)}
     kinds = collections.defaultdict(lambda: {"ms": 0.0, "calls": 0, "mb": 0.0, "ops": {}})
     for name, op_type, ms in ops:
         kind = kinds[kind_of(name, op_type, classes)]
         kind["ms"] += ms
         kind["calls"] += 1
-        kind["mb"] += moved.get(name, 0) / 1e6
+        # What runs in a loop is called "loop/body/_1/name in the body".
+        kind["mb"] += moved.get(re.sub(r".*/body/_\d+/", "", name), 0) / 1e6
         kind["ops"][op_type] = kind["ops"].get(op_type, 0.0) + ms
     rows = [{"kind": name, **kind} for name, kind in kinds.items()]
     for row in rows:
@@ -175,6 +186,23 @@ def _own_times(events: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, st
         yield name, op_type, picoseconds / 1e9
 
 
-def _bytes(tensors) -> int:
+def operations(graph: tf.Graph) -> Iterator[tf.Operation]:
+    """Yields the ops of a graph and those of its loops."""
+    for op in graph.get_operations():
+        yield op
+        if op.type in ("While", "StatelessWhile"):
+            yield from operations(graph._get_function(op.get_attr("body").name).graph)
+
+
+def written(op: tf.Operation) -> list[tf.Tensor]:
+    """Returns the outputs that an op writes."""
+    if op.type not in ("DfpNormalize", "DfpNormalizeGradient"):
+        return op.outputs
+    # Those that no attribute wants are empty, though their shapes do not say so.
+    wants = [op.get_attr(WANTS[output.name]) for output in op.op_def.output_arg]
+    return [tensor for tensor, wanted in zip(op.outputs, wants, strict=True) if wanted]
+
+
+def _bytes(tensors: Iterable[tf.Tensor]) -> int:
     sized = (t for t in tensors if t.shape.is_fully_defined() and t.dtype.size)
     return sum(math.prod(t.shape) * t.dtype.size for t in sized)

@@ -25,6 +25,7 @@ from keras_dfp.benchmarks import (
     step,
 )
 from keras_dfp.cli import main
+from keras_dfp.cli.bench import _each_network
 
 BOTH = ["float32", "bfloat16"]
 # How far a product of hundreds of random numbers may be off, of its largest element.
@@ -106,6 +107,61 @@ def test_depthwise_layers_are_told_apart():
     assert counts == {"conv": 35, "depthwise": 17, "dense": 1}
 
 
+@pytest.mark.parametrize(
+    ("network", "size", "parameters", "multiplying"),
+    # Parameters and layers as the papers and Keras count them, for 1,000 classes or for 10.
+    [("resnet20", 32, 271_098, 20), ("efficientnet_b0", 64, 5_330_571, 82)],
+)
+def test_networks_of_images(network, size, parameters, multiplying):
+    model = networks.build(network, size)
+    assert model.count_params() == parameters
+    assert sum(networks.layers(network, size).values()) == multiplying
+    x, y, _ = networks.data(model, 2)
+    assert (x.shape, y.shape) == ((2, size, size, 3), (2,))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "parameters"),
+    [
+        ("dense", (784,), 785 * 1024 + 1025 * 1024 + 1025 * 10),
+        ("convnet", (28, 28, 1), 34_826),
+        ("lstm", (100,), 20_000 * 128 + 4 * 257 * 128 + 129),
+        # Embeddings; twice attention, two dense layers and two norms; the classes.
+        (
+            "transformer",
+            (64,),
+            20_064 * 128 + 2 * (4 * 129 * 128 + 129 * 512 + 513 * 128 + 512) + 1290,
+        ),
+    ],
+)
+def test_networks_of_a_fixed_input(network, shape, parameters):
+    model = networks.build(network, None, "dfp16")
+    assert model.count_params() == parameters
+    x, y, loss = networks.data(model, 3)
+    assert x.shape == (3, *shape) and len(y) == 3
+    # An untrained network finds all classes about equally likely.
+    assert 0 < float(loss(y, model(x))) < 2 * np.log(max(model.output_shape[-1], 2))
+
+
+def test_which_networks_there_are():
+    assert set(networks.NETWORKS) - set(networks.OF_IMAGES) == {
+        "dense",
+        "convnet",
+        "lstm",
+        "transformer",
+    }
+    assert set(networks.ALL) < set(networks.OF_IMAGES)
+    each = _each_network(["lstm", "all", "vgg16"], None, None)
+    assert [(settings["network"], settings["batch"]) for settings in each] == [
+        ("lstm", 64),
+        ("resnet50", 32),
+        ("vgg16", 16),
+        ("googlenet_v1", 32),
+        ("alexnet", 32),
+        ("mobilenet_v2", 32),
+    ]
+
+
 def test_medians_are_of_the_runs_after_the_first():
     calls = []
     taken = machine.medians({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
@@ -161,6 +217,7 @@ def check_document(path, benchmark, runs):
     return document
 
 
+@pytest.mark.slow
 def test_gemm(tmp_path):
     written, plot = tmp_path / "gemm.json", tmp_path / "gemm.png"
     arguments = ["--size", 96, "--size", "64x32x500", "--repeats", 2, "--threads", "1,2"]
@@ -199,6 +256,7 @@ def test_gemm(tmp_path):
     assert "Interrupted" in bench("report", written)
 
 
+@pytest.mark.slow
 def test_conv_forced_to_an_instruction_set(tmp_path):
     isas = [entry["name"] for entry in keras_dfp.info()["kernels"] if entry["available"]]
     isa = "avx2" if "avx2" in isas else "portable"
@@ -252,12 +310,71 @@ def test_step(tmp_path):
         # 8 layers in three passes, but for the first's input gradient; XLA may join passes.
         assert kinds["convolutions and products"]["calls"] >= 8
         assert kinds["optimizer"]["ms"] > 0
-        assert ("quantisation" in kinds) == (row["policy"] == "dfp16")
+        for kind in ("quantisation", "batch norm, ReLU and quantising fused"):
+            assert (kind in kinds) == (row["policy"] == "dfp16")
         assert kinds.get("other", {"ms": 0})["ms"] < 0.5 * sum(kind["ms"] for kind in row["kinds"])
     assert re.search(r"Where a step's time goes.*\n.*mixed_bfloat16 +dfp16\n", output)
     assert "quantisation" in bench("report", written)
 
 
+def test_step_of_a_network_without_images(tmp_path):
+    written = tmp_path / "step.json"
+    arguments = ["--network", "lstm", "--batch", 2, "--repeats", 1, "--policy", "float32"]
+    output = bench("step", *arguments, "--json", written)
+    assert "step: lstm, batch 2; median of 1; " in output
+    (each,) = check_document(written, "step", runs=1)["runs"]
+    assert (each["settings"]["batch"], each["settings"]["image_size"]) == (2, None)
+    (row,) = each["rows"]
+    assert re.search(rf"samples/s .*\n.* {row['images_per_s']:.2f} ", output)
+    (products,) = (kind for kind in row["kinds"] if kind["kind"] == "convolutions and products")
+    # In each of 100 steps of the loop, 2 kernels of 128x512 are read in the forward pass and in
+    # the input gradient, and their gradients written: all that is more than the rest together.
+    assert 100 * 6 <= products["calls"] < 100 * 6 + 10
+    kernels = 100 * 6 * 128 * 512 * 4e-6
+    assert kernels < products["mb"] < 1.2 * kernels
+
+
+def test_outputs_that_are_not_wanted_are_not_written():
+    import tensorflow as tf
+
+    from keras_dfp.native import lib
+
+    with tf.Graph().as_default():
+        x = tf.zeros([2, 3, 3, 8])
+        forward = {"parameters": [], "residual": [], "bounds": [], "step": []}
+        backward = {name: [] for name in ("mask_map", "mask_bits", "norm", "sums", "step")}
+        for wanted, names in {
+            (): ["y"],
+            ("want_q",): ["y", "q", "e"],
+            ("want_mask",): ["y", "mask"],
+        }.items():
+            results = lib.dfp_normalize(x=x, **forward, **dict.fromkeys(wanted, True))
+            assert step.written(results.y.op) == [getattr(results, name) for name in names]
+        results = lib.dfp_normalize(x=x, **forward, want_y=False, want_q=True)
+        assert step.written(results.y.op) == [results.q, results.e]
+        results = lib.dfp_normalize_gradient(parts=[x], **backward, want_y=False, want_q=True)
+        assert step.written(results.y.op) == [results.q, results.e]
+        # Ops without such attributes write all they have.
+        moments = lib.dfp_moments(x=x)
+        assert step.written(moments.mean.op) == list(moments)
+
+
+def test_ops_of_loops_count():
+    import tensorflow as tf
+
+    @tf.function(autograph=False)
+    def powers(x):
+        return tf.while_loop(
+            lambda i, y: i < 3, lambda i, y: (i + 1, tf.linalg.matmul(y, x)), (0, x)
+        )
+
+    graph = powers.get_concrete_function(tf.zeros([4, 4])).graph
+    assert "MatMul" not in {op.type for op in graph.get_operations()}
+    (product,) = (op for op in step.operations(graph) if op.type == "MatMul")
+    assert step._bytes([*product.inputs, *step.written(product)]) == 3 * 4 * 4 * 4
+
+
+@pytest.mark.slow
 def test_pipeline(tmp_path):
     written = tmp_path / "pipeline.json"
     arguments = ["--network", "alexnet", "--images", 9, "--batch", 4, "--repeats", 1]
@@ -302,6 +419,12 @@ def test_an_op_does_not_count_what_runs_inside_it():
         ("net_1/conv1_1/convolution", "_MklNativeConv2D", "convolutions and products"),
         ("gradient_tape/net_1/fc/MatMul/MatMul_1", "_MklMatMul", "convolutions and products"),
         ("net_1/conv1_1/DfpQuantize", "DfpQuantize", "quantisation"),
+        ("net_1/bn_1/DfpMoments", "DfpMoments", "batch norm, ReLU and quantising fused"),
+        (
+            "gradient_tape/net_1/conv1_1/DfpQuantize/fused/DfpNormalizeGradient",
+            "DfpNormalizeGradient",
+            "batch norm, ReLU and quantising fused",
+        ),
         ("gradient_tape/net_1/bn_1/mul", "Mul", "batch norm"),
         ("net_1/conv1_1/BiasAdd", "BiasAdd", "bias and ReLU of products"),
         ("sgd/Sub_12", "Sub", "optimizer"),
@@ -333,6 +456,8 @@ def test_tensorflow_is_held_to_the_same_instruction_set(monkeypatch):
     ("arguments", "message"),
     [
         (["conv", "--network", "resnet51"], "'resnet51' is not one of 'resnet50', 'vgg16'"),
+        (["conv", "--network", "lstm"], "'lstm' is not one of 'resnet50', 'vgg16'"),
+        (["step", "--network", "lstm", "--image-size", 64], "--image-size is not for lstm"),
         (["conv", "--isa", "sse9"], "'sse9' is not available here; available: "),
         (["conv", "--against", "float32,float8"], "'float8' is not one of"),
         (["gemm", "--threads", "1,0"], "0 is not in the range x>=1"),
@@ -362,6 +487,7 @@ def test_plot_without_matplotlib(monkeypatch):
     assert "pip install 'keras-dfp[bench]'" in bench("gemm", "--plot", "a.png", code=1)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(monkeypatch):
     monkeypatch.setenv("KERAS_DFP_ISA", "sse9")
     output = bench("quantise", code=1)
@@ -369,6 +495,7 @@ def test_a_process_that_fails_says_why(monkeypatch):
     assert "sse9" in output
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     written = tmp_path / "gemm.json"
     command = [sys.executable, "-m", "keras_dfp", "bench", "gemm", "--repeats", "100"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import itertools
 import json
@@ -17,7 +18,7 @@ from keras_dfp.benchmarks import gemm as gemm_benchmark
 from keras_dfp.benchmarks import pipeline as pipeline_benchmark
 from keras_dfp.benchmarks import quantise as quantise_benchmark
 from keras_dfp.benchmarks import report, roofline
-from keras_dfp.benchmarks.networks import BATCHES, IMAGE_SIZES, NETWORKS
+from keras_dfp.benchmarks.networks import ALL, NETWORKS, OF_IMAGES
 from keras_dfp.benchmarks.products import DTYPES
 from keras_dfp.benchmarks.run import SCHEMA, measure
 from keras_dfp.cli.options import ListType
@@ -110,34 +111,53 @@ def _repeats(default: int) -> Callable:
     )
 
 
-def _network(*default: str) -> Callable:
+def _network(names, default: str) -> Callable:
+    fixed = [name for name in names if name not in OF_IMAGES]
     return _options(
         click.option(
             "--network",
             "networks",
-            type=click.Choice([*NETWORKS, "all"]),
+            type=click.Choice([*names, "all"]),
             multiple=True,
-            default=default,
+            default=[default],
             show_default=True,
-            help="May be given several times.",
+            help=f"May be given several times; all: {', '.join(ALL)}.",
         ),
-        click.option("--batch", type=click.IntRange(min=1), help="[default: 32; 16 for vgg16]"),
+        click.option("--batch", type=click.IntRange(min=1), help=_defaults(names, "batch")),
         click.option(
             "--image-size",
             type=click.IntRange(min=35),
-            help="[default: 224; 227 for alexnet]",
+            help=(f"Not for {', '.join(fixed)}.  " if fixed else "")
+            + _defaults(OF_IMAGES, "image_size"),
         ),
     )
 
 
+def _defaults(names, field: str) -> str:
+    """Says what the networks have by default: most of them, and the others."""
+    found = collections.defaultdict(list)
+    for name in names:
+        found[getattr(NETWORKS[name], field)].append(name)
+    most, *others = sorted(found.items(), key=lambda item: -len(item[1]))
+    texts = [f"{value} for {', '.join(names)}" for value, names in others]
+    return f"[default: {'; '.join([str(most[0]), *texts])}]"
+
+
 def _each_network(networks, batch: int | None, image_size: int | None) -> list[dict]:
+    named = (ALL if name == "all" else [name] for name in networks)
+    names = dict.fromkeys(itertools.chain.from_iterable(named))
+    for name in names:
+        if image_size and name not in OF_IMAGES:
+            raise click.BadParameter(
+                f"--image-size is not for {name}, whose input has a fixed shape."
+            )
     return [
         {
             "network": name,
-            "batch": batch or BATCHES.get(name, 32),
-            "image_size": image_size or IMAGE_SIZES.get(name, 224),
+            "batch": batch or NETWORKS[name].batch,
+            "image_size": image_size or NETWORKS[name].image_size,
         }
-        for name in (NETWORKS if "all" in networks else dict.fromkeys(networks))
+        for name in names
     ]
 
 
@@ -168,7 +188,7 @@ def bench() -> None:
 
 
 @bench.command()
-@_network("resnet50")
+@_network(OF_IMAGES, "resnet50")
 @_against
 @_machine
 @_repeats(7)
@@ -191,7 +211,7 @@ def conv(**options) -> None:
 
 
 @bench.command()
-@_network("mobilenet_v2")
+@_network(OF_IMAGES, "mobilenet_v2")
 @_against
 @_machine
 @_repeats(7)
@@ -284,7 +304,7 @@ def small(isa, threads, repeats, json_path) -> None:
 
 
 @bench.command()
-@_network("resnet50")
+@_network(NETWORKS, "resnet50")
 @click.option(
     "--policy",
     "policies",
@@ -298,14 +318,15 @@ def small(isa, threads, repeats, json_path) -> None:
 @_repeats(5)
 @_json
 def step(networks, batch, image_size, policies, isa, threads, repeats, json_path) -> None:
-    """Time whole training steps: images per second, peak memory, and where the time goes.
+    """Time whole training steps: samples per second, peak memory, and where the time goes.
 
-    Each policy runs in a process of its own, on random images, with SGD and momentum. The time by
+    Each policy runs in a process of its own, on random samples, with SGD and momentum. The time by
     kind of op comes from TensorFlow's profiler.
 
     \b
     Examples:
       keras-dfp bench step
+      keras-dfp bench step --network lstm --network transformer
       keras-dfp bench --end-to-end --network vgg16 --policy float32 --policy dfp16
     """
     _run(
