@@ -105,6 +105,9 @@ def test_describe_an_application_by_name():
     output = run("describe", "mobilenetv2")
     assert re.search(r"predictions +Dense ", output)
     assert "53 of 53 run on integers" in output
+    assert "batch norm, ReLU6" in output and "float: padding" in output
+    assert "Batch norm: 52 of 52 on the native op." in output
+    assert "Kept for the backward pass, per sample: " in output
 
 
 def test_describe_what_cannot_be_loaded(tmp_path):

@@ -33,6 +33,7 @@ def test_without_tensorflow():
     assert "keras-dfp[tensorflow]" in error
 
 
+@pytest.mark.slow
 def test_on_another_backend():
     # Keras's other backends need packages that the tests do without.
     error = errors_of("import keras; keras.backend.backend = lambda: 'jax'; import keras_dfp")

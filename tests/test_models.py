@@ -83,7 +83,7 @@ def case(name, mode, *marks):
     ("name", "run_eagerly"),
     [
         case("ResNet50", "graph", pytest.mark.slow),
-        case("MobileNetV2", "eager"),
+        case("MobileNetV2", "eager", pytest.mark.slow),
         case("MobileNetV2", "graph", pytest.mark.slow),
         case("EfficientNetB0", "eager", pytest.mark.slow),
         case("EfficientNetB0", "graph", pytest.mark.slow),

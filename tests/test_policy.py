@@ -393,6 +393,7 @@ def test_a_float32_model_loaded_under_a_dfp_global_policy_stays_float32(tmp_path
     assert restored.jit_compile
 
 
+@pytest.mark.slow
 def test_loading_without_the_package_says_which_one_is_missing(tmp_path):
     small_cnn(dtype="dfp16").save(tmp_path / "model.keras")
     code = f"""

@@ -353,7 +353,7 @@ def test_policies_by_word():
     [
         ("int8", "There is no policy 'int8'; there are float32, dfp16"),
         ("float32:mantissa_bits=9", "float32 has no options"),
-        ("dfp16:bits=9", "products, exponents, scope; got 'bits=9'"),
+        ("dfp16:bits=9", "products, exponents, fused, scope; got 'bits=9'"),
         ("dfp16:mantissa_bits", "takes :option=value"),
         ("dfp16:mantissa_bits=7", "integer from 8 to 16; got 7"),
         ("dfp16:mantissa_bits=ten", "integer from 8 to 16; got 'ten'"),
@@ -481,6 +481,7 @@ def test_a_finished_run_loads(finished):
     assert hits > 0.5
 
 
+@pytest.mark.slow
 def test_a_folder_holds_one_run(finished):
     data = digits().find_data()
     with pytest.raises(RunError, match="holds a run already"):
@@ -542,6 +543,7 @@ def test_a_test_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "model.keras").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_testing(tmp_path, monkeypatch):
     evaluate = network.evaluate
 
@@ -632,6 +634,7 @@ def read_step(checkpoint):
 # Comparisons
 
 
+@pytest.mark.slow
 def test_policies_start_from_equal_weights_and_see_equal_batches(tmp_path):
     settings = digits(steps=3)
     seen, losses = [], []
@@ -742,6 +745,7 @@ def test_a_study_goes_on_from_its_results_alone(tmp_path):
             comparison.kept(tmp_path, settings, data)
 
 
+@pytest.mark.slow
 def test_a_study_is_made_by_one_process_at_a_time(tmp_path):
     program = (
         "import sys, pathlib; from keras_dfp.files import locked\n"
@@ -782,6 +786,7 @@ def test_response_normalization_of_keras_ops():
     np.testing.assert_allclose(graph(x), layer(x), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_plain_networks_load_without_this_package(tmp_path):
     # It has what others have not: response normalisation, auxiliary outputs.
     settings = Settings(network="googlenet_v1", data="x", input_size=32).resolved()

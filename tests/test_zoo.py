@@ -157,6 +157,7 @@ def test_googlenet_has_the_parameters_of_its_paper():
         assert sum(layer.count_params() for layer in layers) == inception(name)
 
 
+@pytest.mark.slow
 def test_googlenet_auxiliary_classifiers():
     model = zoo.load("googlenet_v1", auxiliary=True)
     plain = zoo.load("googlenet_v1")
@@ -256,6 +257,7 @@ def keras_resnet50():
     return model
 
 
+@pytest.mark.slow
 def test_resnet50_takes_the_weights_of_keras_applications(keras_resnet50, tmp_path):
     keras_resnet50.save_weights(tmp_path / "resnet50.weights.h5")
     ours = zoo.load("resnet50", weights=tmp_path / "resnet50.weights.h5")
