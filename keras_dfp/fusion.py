@@ -34,7 +34,9 @@ from keras_dfp.native import lib
 
 _CLIPS = {"Relu": "relu", "Relu6": "relu6"}
 _MASKS = {"ReluGrad": "relu", "Relu6Grad": "relu6"}
+# What a DfpNormalizeGradient takes: tensors that it adds, channels that it sums.
 _MOST_PARTS = 8
+_MOST_CHANNELS = 4096
 # How a DfpQuantize rounds; its successor is told the same.
 _QUANTIZE_ATTRS = ("mantissa_bits", "rounding", "seed", "tensor_id", "group_axes", "site")
 
@@ -115,6 +117,7 @@ def chain_of(tensor: tf.Tensor) -> Chain | None:
 class _Rewriting:
     def __init__(self, graph):
         self.graph = graph
+        self._results = {id(t) for t in graph.outputs}
         self._edges = []  # (op, index, the tensor it read), in the order of change
         self._readers = {}  # from a tensor's id to the (op, index) that read it
         self._moved = {}  # from a tensor's id to the one that is read in its place
@@ -168,7 +171,6 @@ class _Rewriting:
                 found.add(op)
                 stack += [t.op for t in op.inputs]
                 stack += op.control_inputs
-        self._results = {id(t) for t in self.graph.outputs}
         return [op for op in ops if op in found]
 
     def _register(self, op):
@@ -311,17 +313,11 @@ class _Rewriting:
 
     def _bounds(self, chain, how) -> list:
         """Returns the extremes of images, whose exponents follow from them, if they are known."""
-        moments = chain.parameters[1].op if len(chain.parameters) == 4 else None
-        if (
-            moments is None
-            or moments.type != "DfpMoments"
-            or moments.inputs[0] is not chain.x
-            or chain.residual
-            or chain.x.shape.rank == 2
-            or how["group_axes"] != 1
-        ):
+        if chain.residual or chain.x.shape.rank == 2 or how["group_axes"] != 1:
             return []
-        return [moments.outputs[2]]
+        # In the graph of a loop or a branch, moments may be what was captured.
+        moments = chain.parameters[1].op if chain.training else None
+        return [moments.outputs[2]] if moments and moments.type == "DfpMoments" else []
 
     def _requantize(self, quantizer, new):
         self._empty[id(quantizer.inputs[0])] = new.y
@@ -378,7 +374,7 @@ class _Rewriting:
                     self._absorb(reader, arguments)
             return
         with self._in_place_of(op):
-            new = _gradient(arguments, [], 0.0, [])
+            new = _gradient(**arguments)
         self._register(new.y.op)
         self._redirect(masked, new.y)
 
@@ -396,71 +392,69 @@ class _Rewriting:
 
     def _absorb(self, reader, arguments):
         """Lets a reader of a masked gradient mask it itself."""
+        if reader.type == "DfpQuantize":
+            self._quantize_gradient(reader, arguments)
+            return
         with self._in_place_of(reader):
             if reader.type == "DfpNormalizeSums":
-                norm = list(reader.inputs[1:])
-                new = _sums(arguments, norm, reader.get_attr("epsilon"))
-            elif reader.type == "DfpNormalizeGradient":
-                norm, sums = _norm_and_sums(reader)
-                new = _gradient(arguments, norm, reader.get_attr("epsilon"), sums)
+                norm, epsilon = list(reader.inputs[1:]), reader.get_attr("epsilon")
+                new = lib.dfp_normalize_sums(norm=norm, epsilon=epsilon, **arguments)
             else:
-                how, step = _rounding(reader)
-                sums = self._bias_sums(reader.inputs[0], how)
-                new = _gradient(
-                    arguments, [], 0.0, [], step, want_y=False, want_q=True,
-                    want_doffset=sums is not None, **how,
-                )  # fmt: skip
+                new = _gradient(**{**_arguments_of(reader), **arguments})
         self._register(new[0].op)
-        if reader.type == "DfpQuantize":
-            self._requantize(reader, new)
-            if sums is not None:
-                self._redirect(sums.outputs[0], new.doffset)
-            return
         for old, better in zip(reader.outputs, new, strict=True):
             self._redirect(old, better)
-
-    def _bias_sums(self, x, how):
-        """Returns the op that sums x, a gradient of images, for a bias: quantising can do it."""
-        if how["group_axes"] != 1 or x.shape.rank == 2 or not 0 < (x.shape[-1] or 0) <= 4096:
-            return None
-        for op, index in self._readers_of(x):
-            if op.type == "DfpNormalizeSums" and index == 0 and _is_plain(op):
-                if op.get_attr("n_norm") == 0:
-                    return op
-        return None
 
     def _fuse_gradient(self, quantizer):
         """Gives the gradient of batch norm, or a sum of gradients, as mantissas."""
         if not _is_quantizer(quantizer) or not self._is_read(quantizer):
             return
         x = quantizer.inputs[0]
-        source = x.op
+        sums = self._bias_sums(quantizer)
+        parts = self._parts(x, quantizer)
+        if x.op.type == "DfpNormalizeGradient" and x.op.get_attr("fused"):
+            others = [r for r in self._readers_of(x) if r[0] not in (quantizer, sums)]
+            if id(x) in self._results:
+                others = []
+            self._quantize_gradient(quantizer, _arguments_of(x.op), others)
+        elif len(parts["parts"]) > 1 or sums is not None:
+            self._quantize_gradient(quantizer, parts)
+
+    def _quantize_gradient(self, quantizer, arguments, others=()):
+        """Lets what computes a gradient give its mantissas, and its sums for a bias.
+
+        Args:
+            quantizer: The DfpQuantize of the gradient.
+            arguments: Those of the DfpNormalizeGradient that computes it.
+            others: The readers that get the float from there too.
+        """
+        x = quantizer.inputs[0]
         how, step = _rounding(quantizer)
-        sums = self._bias_sums(x, how)
-        others = [r for r in self._readers_of(x) if r[0] not in (quantizer, sums)]
-        needs_y = bool(others) and id(x) not in self._results
-        if source.type == "DfpNormalizeGradient" and source.get_attr("fused"):
-            arguments = _arguments_of(source)
-            norm, norm_sums = _norm_and_sums(source)
-            epsilon = source.get_attr("epsilon")
-        elif len((parts := self._parts(x, quantizer))["parts"]) > 1:
-            arguments, norm, norm_sums, epsilon = parts, [], [], 0.0
-        elif sums is not None:
-            arguments, norm, norm_sums, epsilon = {"parts": [x]}, [], [], 0.0
-            others, needs_y = [], False
-        else:
-            return
+        sums = self._bias_sums(quantizer)
         with self._in_place_of(quantizer):
             new = _gradient(
-                arguments, norm, epsilon, norm_sums, step, want_y=needs_y, want_q=True,
+                **{**arguments, "step": step}, want_y=bool(others), want_q=True,
                 want_doffset=sums is not None, **how,
             )  # fmt: skip
         self._register(new.y.op)
         if sums is not None:
             self._redirect(sums.outputs[0], new.doffset)
-        if needs_y:
+        if others:
             self._redirect(x, new.y, others)
         self._requantize(quantizer, new)
+
+    def _bias_sums(self, quantizer):
+        """Returns the op that sums a gradient of images for a bias: quantising can do it."""
+        x = quantizer.inputs[0]
+        if quantizer.get_attr("group_axes") != 1 or x.shape.rank == 2:
+            return None
+        if not 0 < (x.shape[-1] or 0) <= _MOST_CHANNELS:
+            return None
+        for op, index in self._readers_of(x):
+            if op.type == "DfpNormalizeSums" and index == 0 and _is_plain(op):
+                if op.get_attr("n_norm") == 0:
+                    return op
+        return None
 
 
 def _is_step(op) -> bool:
@@ -502,35 +496,16 @@ def _rounding(quantizer) -> tuple[dict, list]:
 
 
 def _arguments_of(op) -> dict:
-    """Returns parts and mask of a DfpNormalizeGradient."""
-    counts = [op.get_attr(f"n_{name}") for name in ("parts", "mask_map", "mask_bits")]
+    """Returns what a DfpNormalizeGradient computes, as its arguments."""
+    lists = ("parts", "mask_map", "mask_bits", "norm", "sums")
     inputs = iter(op.inputs)
-    parts, mask_map, mask_bits = ([next(inputs) for _ in range(n)] for n in counts)
     return {
-        "parts": parts,
-        "mask_map": mask_map,
-        "mask_bits": mask_bits,
-        "clip": op.get_attr("clip"),
-        "mask_epsilon": op.get_attr("mask_epsilon"),
+        **{name: [next(inputs) for _ in range(op.get_attr(f"n_{name}"))] for name in lists},
+        **{name: op.get_attr(name) for name in ("clip", "epsilon", "mask_epsilon")},
     }
 
 
-def _norm_and_sums(op) -> tuple[list, list]:
-    counts = [op.get_attr(f"n_{name}") for name in ("parts", "mask_map", "mask_bits")]
-    rest = list(op.inputs[sum(counts) :])
-    n, sums = op.get_attr("n_norm"), op.get_attr("n_sums")
-    return rest[:n], rest[n : n + sums]
-
-
-def _masked(arguments) -> dict:
-    return {"mask_map": [], "mask_bits": [], **arguments}
-
-
-def _gradient(arguments, norm, epsilon, sums, step=(), **attrs):
-    return lib.dfp_normalize_gradient(
-        norm=norm, epsilon=epsilon, sums=sums, step=list(step), **_masked(arguments), **attrs
-    )
-
-
-def _sums(arguments, norm, epsilon):
-    return lib.dfp_normalize_sums(norm=norm, epsilon=epsilon, **_masked(arguments))
+def _gradient(**arguments):
+    """Makes a DfpNormalizeGradient; lists that are not given are empty."""
+    lists = dict(mask_map=[], mask_bits=[], norm=[], sums=[], step=[])
+    return lib.dfp_normalize_gradient(**{**lists, **arguments})

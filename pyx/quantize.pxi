@@ -87,10 +87,15 @@ cdef inline const float* values(const Quantize* z, int64_t at, int64_t n,
     return z.kept + at
 
 
+cdef inline int64_t sum_blocks(int64_t pixels) noexcept nogil:
+    """How many partial sums an image has."""
+    return (pixels + SUM_PIXELS - 1) // SUM_PIXELS
+
+
 cdef inline int64_t partial_of(const Quantize* z, int64_t at) noexcept nogil:
     """Which partial sum element `at` belongs to."""
-    cdef int64_t block = SUM_PIXELS * z.channels
-    return at // z.n * ((z.n + block - 1) // block) + at % z.n // block
+    return (at // z.n * sum_blocks(z.n // z.channels)
+            + at % z.n // (SUM_PIXELS * z.channels))
 
 
 cdef uint32_t largest(const Quantize* z, int64_t at, int64_t n) noexcept nogil:

@@ -352,8 +352,8 @@ def recurrent(x):
     return layers.Concatenate()([x, y])
 
 
-class Branches(layers.Layer):
-    """A residual block in a branch, and one in a loop."""
+class Residual(layers.Layer):
+    """What residual blocks are made of; their batch norm is that of inference."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -365,33 +365,28 @@ class Branches(layers.Layer):
         self.convolution.build(shape)
         self.norm.build(shape)
 
-    def block(self, x):
-        return ops.relu(self.add([x, self.norm(self.convolution(x), training=False)]))
+    def block(self, x, shortcut):
+        return ops.relu(self.add([shortcut, self.norm(self.convolution(x), training=False)]))
+
+
+class Branches(Residual):
+    """A residual block in a branch, and one in a loop."""
 
     def call(self, x):
         big = ops.sum(x) > -1e9
-        x = ops.cond(big, lambda: self.block(x), lambda: x)
-        return ops.fori_loop(0, 2, lambda _, x: self.block(x), x)
+        x = ops.cond(big, lambda: self.block(x, x), lambda: x)
+        return ops.fori_loop(0, 2, lambda _, x: self.block(x, x), x)
 
 
 def control_flow(x):
     return Branches()(relu(bn(conv(x, 8))))
 
 
-class Block(layers.Layer):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.convolution = layers.Conv2D(8, 3, padding="same")
-        self.norm = layers.BatchNormalization()
-        self.add = layers.Add()
-
-    def build(self, shape):
-        self.convolution.build(shape)
-        self.norm.build(shape)
+class Block(Residual):
+    """A residual block of two convolutions, which share their weights."""
 
     def call(self, x):
-        y = ops.relu(self.norm(self.convolution(x), training=False))
-        return ops.relu(self.add([x, self.norm(self.convolution(y), training=False)]))
+        return self.block(ops.relu(self.norm(self.convolution(x), training=False)), x)
 
 
 def rematerialised(x):

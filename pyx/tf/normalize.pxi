@@ -6,10 +6,10 @@
 cdef void register_normalize(TF_Status* st) noexcept nogil:
     register_op("DfpMoments", "x: float -> mean: float; variance: float; bounds: float",
                 channels_shape, NULL, moments_compute, st)
-    register_op("DfpNormalize", NORMALIZE_SIGNATURE, normalize_shape, normalize_create,
+    register_op("DfpNormalize", NORMALIZE_SIGNATURE, computed_shape, normalize_create,
                 normalize_compute, st)
     register_op("DfpNormalizeSums", SUMS_SIGNATURE, channels_shape, sums_create, sums_compute, st)
-    register_op("DfpNormalizeGradient", GRADIENT_SIGNATURE, gradient_shape, gradient_create,
+    register_op("DfpNormalizeGradient", GRADIENT_SIGNATURE, computed_shape, gradient_create,
                 gradient_compute, st)
 
 
@@ -77,25 +77,16 @@ cdef void channels_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept no
     tf.DeleteShapeHandle(unknown)
 
 
-cdef void like_first(TF_ShapeInferenceContext* c, int unknown_from, int outputs,
-                     TF_Status* st) noexcept nogil:
-    """Outputs of the first input's shape, and some of any shape."""
+cdef void computed_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
+    """Float and mantissas of the first input's shape, and two outputs of any shape."""
     cdef TF_ShapeHandle* x = tf.NewShapeHandle()
     cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
     cdef int i
     tf.ShapeInferenceContextGetInput(c, 0, x, st)
-    for i in range(outputs):
-        tf.ShapeInferenceContextSetOutput(c, i, x if i < unknown_from else unknown, st)
+    for i in range(4):
+        tf.ShapeInferenceContextSetOutput(c, i, x if i < 2 else unknown, st)
     tf.DeleteShapeHandle(x)
     tf.DeleteShapeHandle(unknown)
-
-
-cdef void normalize_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    like_first(c, 2, 4, st)
-
-
-cdef void gradient_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    like_first(c, 2, 4, st)
 
 
 cdef inline Channels channels_of(const Shape* x) noexcept nogil:
@@ -291,7 +282,6 @@ cdef void write_computed(Call* c, NormalizeAttrs* a, const Shape* shape, Quantiz
     """Writes what z computes to the first outputs: as float32, as mantissas, or both."""
     cdef Attrs* t = &a.quantize
     cdef Apply whole
-    cdef char text[200]
     if not ok(c):
         return
     z.kept = <float*>wanted_output(c, a.want_y, 0, TF_FLOAT, shape.dim, shape.rank)
@@ -303,22 +293,14 @@ cdef void write_computed(Call* c, NormalizeAttrs* a, const Shape* shape, Quantiz
         if ok(c) and whole.total and (a.want_y or a.want_mask):
             apply(&whole)
         return
-    if t.group_axes > shape.rank:
-        snprintf(text, sizeof(text), "group_axes must be from 0 to the rank of x; got %lld and "
-                 "rank %d", <long long>t.group_axes, shape.rank)
-        fail(c, text)
-        return
-    z.groups = elements(shape.dim, <int>t.group_axes)
-    z.n = elements(shape.dim + t.group_axes, shape.rank - <int>t.group_axes)
+    find_groups(c, t, shape, z)
     quantize_call(c, t, z, shape, 1, sized_input(c, step, "step", 1) if a.step else NULL)
     if not ok(c):
         return
     if bounds != NULL and z.n:
         exponents_of_bounds(z, bounds, shape.dim[shape.rank - 1])
         z.trusted = True
-    quantize(z)
-    if z.watching and much_is_lost(z.worst):
-        t.told = tell_loss(t.site, z.worst)
+    quantize_and_tell(t, z)
 
 
 cdef void normalize_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
@@ -439,7 +421,7 @@ cdef void gradient_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     if ok(&c):
         shape = channels_of(&dy)
         n = shape.n
-        parts = shape.images * ((shape.pixels + SUM_PIXELS - 1) // SUM_PIXELS)
+        parts = shape.images * sum_blocks(shape.pixels)
         doffset = <float*>wanted_output(&c, a.want_doffset, 3, TF_FLOAT, &n, 1)
         if a.want_doffset:
             if not a.want_q or a.quantize.group_axes != 1 or dy.rank == 2 or n > COMPUTED:

@@ -52,6 +52,25 @@ cdef void* quantize_create(TF_OpKernelConstruction* k) noexcept nogil:
     return a
 
 
+cdef void find_groups(Call* c, const Attrs* a, const Shape* shape, Quantize* z) noexcept nogil:
+    """What shares an exponent."""
+    cdef char text[300]
+    if ok(c) and not 0 <= a.group_axes <= shape.rank:
+        snprintf(text, sizeof(text), "group_axes must be from 0 to the rank of x; got %lld and "
+                 "rank %d", <long long>a.group_axes, shape.rank)
+        fail(c, text)
+    if ok(c):
+        z.groups = elements(shape.dim, <int>a.group_axes)
+        z.n = elements(shape.dim + a.group_axes, shape.rank - <int>a.group_axes)
+
+
+cdef void quantize_and_tell(Attrs* a, Quantize* z) noexcept nogil:
+    """Quantises, and tells once if much is lost."""
+    quantize(z)
+    if z.watching and much_is_lost(z.worst):
+        a.told = tell_loss(a.site, z.worst)
+
+
 cdef void quantize_call(Call* c, const Attrs* a, Quantize* z, const Shape* shape, int output,
                         const void* step) noexcept nogil:
     """Fills in how, and where to: the outputs `output` and the next. What is quantised, and its
@@ -77,19 +96,12 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     cdef int64_t three = 3
     cdef int64_t* counts = NULL
     cdef int i, n, exponents = 0, steps = 0
-    cdef char text[300]
     cdef void* data
     cdef const void* step = NULL
     memset(&z, 0, sizeof(z))
     open_call(&c, "DfpQuantize", context)
     z.x = <float*>get_input(&c, 0, "x", &shape)
-    if ok(&c) and not 0 <= a.group_axes <= shape.rank:
-        snprintf(text, sizeof(text), "group_axes must be from 0 to the rank of x; got %lld and "
-                 "rank %d", <long long>a.group_axes, shape.rank)
-        fail(&c, text)
-    if ok(&c):
-        z.groups = elements(shape.dim, <int>a.group_axes)
-        z.n = elements(shape.dim + a.group_axes, shape.rank - <int>a.group_axes)
+    find_groups(&c, a, &shape, &z)
     # Both lists are optional and hold at most one tensor; what they are is seen by their type, and
     # an exponent (int32) comes before a step (int64).
     n = tf.NumInputs(context)
@@ -114,11 +126,9 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     if ok(&c) and a.n_counts:
         counts = <int64_t*>set_output(&c, 2, TF_INT64, &three, 1)
     if ok(&c):
-        quantize(&z)
+        quantize_and_tell(a, &z)
         if counts != NULL:
             memcpy(counts, z.counts, sizeof(z.counts))
-        if z.watching and much_is_lost(z.worst):
-            a.told = tell_loss(a.site, z.worst)
     close_call(&c)
 
 
