@@ -4,6 +4,8 @@ cdef extern from "microkernels/table.h" nogil:
     ctypedef struct dfp_tile:
         const int16_t* a
         int64_t row_stride, pair_stride, rows
+        const int64_t* runs
+        int64_t run
         const int16_t* b
         int64_t pairs, segment, chain
         bint resume

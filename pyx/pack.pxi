@@ -20,6 +20,7 @@ cdef enum AKind:
     COLUMNS     # A[m, k] = data[k * ld + m]
     PATCHES     # A[m, k]: position m, element k = (tap, channel) of the window
     PATCHES_T   # A[m, k]: element m of the window, position k
+    TAPS_T      # the same, the taps of a block of channels packed as one; m as element_of has it
 
 cdef struct ASource:
     AKind kind
@@ -27,10 +28,14 @@ cdef struct ASource:
     int64_t ld
     Window window
 
-# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride.
+# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride, or, where
+# its pairs lie in runs, at data + tiles[t].
 cdef struct ABlock:
     const int16_t* data
     int64_t row_stride, pair_stride, tile_stride
+    const int64_t* tiles
+    const int64_t* runs
+    int64_t run
 
 # B[k, n] = data[tap(k) + channel(k) * k_stride + n * n_stride]; one of the strides is 1. Without
 # taps (taps[i] = 1, padded = K) that is a matrix.
@@ -64,6 +69,8 @@ cdef int16_t zero_row[MAX_NR]
 cdef inline int64_t a_block_bytes(ASource* a, int64_t mb, int64_t kb) noexcept nogil:
     if a.kind == ROWS and kb % 2 == 0:
         return 0
+    if a.kind == TAPS_T:
+        return taps_block_bytes(&a.window, mb, kb)
     # PATCHES_T gathers two positions before it interleaves them.
     return mb * patch_stride(kb) * 2 + (2 * mb * 2 if a.kind == PATCHES_T else 0)
 
@@ -292,6 +299,107 @@ cdef inline void interleave_or_zero(const int16_t* p, const int16_t* q, int64_t 
         i += mr
 
 
+# Weight gradients of windows that move pixel by pixel: what one tap meets is what its neighbour met
+# a position earlier. So pixels are interleaved once for all taps, (0, 1) (2, 3) .. for those an
+# even number of pixels from the first and (1, 2) (3, 4) .. for the others, in rows as the image has
+# them, with its padding; a tap is a distance, and a row of positions a run.
+
+cdef inline bint taps_share(const Window* v) noexcept nogil:
+    """Can that be? Pairs may not reach from one row of positions into the next."""
+    return (v.taps[0] == v.size[0] == v.positions[0] == 1 and v.offset[0] == 0
+            and v.step[1] == v.step[2] == 1 and v.taps[1] * v.taps[2] > 1
+            and v.positions[2] % 2 == 0 and v.channels % kernel.mr == 0)
+
+
+cdef inline int64_t reach(const Window* v, int dim) noexcept nogil:
+    """Pixels from the first tap to the last."""
+    return (v.taps[dim] - 1) * v.tap_step[dim]
+
+
+cdef inline int64_t row_pairs(const Window* v) noexcept nogil:
+    """Pairs of a row of pixels that tap after tap meets."""
+    return (v.positions[2] + reach(v, 2)) // 2
+
+
+cdef inline int64_t copies(const Window* v) noexcept nogil:
+    return 2 if v.taps[2] > 1 and v.tap_step[2] % 2 else 1
+
+
+cdef int64_t taps_block_bytes(const Window* v, int64_t mb, int64_t kb) noexcept nogil:
+    cdef int64_t rows = kb // v.positions[2], images = (rows - 2) // v.positions[1] + 2
+    cdef int64_t pixels = (rows + images * reach(v, 1)) * row_pairs(v) * 2 * copies(v)
+    return (round_up((mb // kernel.mr + rows) * sizeof(int64_t), ALIGN)
+            + pixels * (mb // volume(v.taps)) * sizeof(int16_t))
+
+
+cdef inline int64_t element_of(const Window* v, int64_t channels, int64_t row) noexcept nogil:
+    """The window's element that row `row` of A is: its channels come in blocks of so many."""
+    cdef int64_t taps = volume(v.taps), first = row // (channels * taps) * channels
+    cdef int64_t width = min(channels, v.channels - first)
+    row -= first * taps
+    return row // width * v.channels + first + row % width
+
+
+cdef void pack_taps_t(const Window* v, const int16_t* image, int64_t m0, int64_t mc, int64_t k0,
+                      int64_t kc, int64_t* tables, ABlock* block) noexcept nogil:
+    """Rows m0 .. m0 + mc, all taps of some channels, at k0 .. k0 + kc, whole rows of positions."""
+    cdef int64_t mr = kernel.mr, taps = volume(v.taps), channels = mc // taps, line = 2 * mr
+    cdef int64_t pairs = row_pairs(v), height = v.positions[1]
+    cdef int64_t first = k0 // v.positions[2], count = kc // v.positions[2], row = 0, i, copy
+    cdef int64_t tap, shift, h, end, panel, whole
+    cdef int16_t* to
+    cdef Place at
+    block.tiles, block.runs, block.run = tables, tables + mc // mr, v.positions[2] // 2
+    block.row_stride, block.pair_stride, block.tile_stride = 2, line, 0
+    # Between the rows of two images lie those that only the last taps of one, the first of the
+    # other meet.
+    for i in range(count):
+        row = i + ((first + i) // height - first // height) * reach(v, 1)
+        tables[mc // mr + i] = row * pairs * line
+    panel = (row + 1 + reach(v, 1)) * pairs * line
+    whole = panel * (channels // mr)
+    for i in range(mc // mr):
+        tap = i * mr // channels
+        shift = tap % v.taps[2] * v.tap_step[2]
+        tables[i] = (shift % 2 * whole + i * mr % channels // mr * panel
+                     + (tap // v.taps[2] * v.tap_step[1] * pairs + shift // 2) * line)
+    to = <int16_t*>(<char*>tables + round_up((mc // mr + count) * sizeof(int64_t), ALIGN))
+    block.data = to
+    i = 0
+    while i < count:
+        # What the positions of one image meet.
+        at.item, h = (first + i) // height, (first + i) % height
+        end = min(count - i, height - h) + reach(v, 1)
+        for row in range(h + v.offset[1], h + v.offset[1] + end):
+            for copy in range(copies(v)):
+                interleave_row(v, pixel_or_null(v, image, at.item, 0, row, 0), copy,
+                               m0 // taps, channels, panel, to + copy * whole)
+            to += pairs * line
+        i += end - reach(v, 1)
+
+
+cdef void interleave_row(const Window* v, const int16_t* pixels, int64_t copy, int64_t c, int64_t n,
+                         int64_t panel, int16_t* to) noexcept nogil:
+    """The pairs of a row of pixels; NULL for one outside of the image."""
+    cdef int64_t line = 2 * kernel.mr, pairs = row_pairs(v), i = 0, w = v.offset[2] + copy, inside
+    while i < pairs:
+        inside = 0
+        if pixels != NULL and 0 <= w:
+            inside = min(pairs - i, (v.size[2] - w) // 2)
+        if inside > 0:
+            kernel.interleave(pixels + w * v.pixel + c, pixels + (w + 1) * v.pixel + c,
+                              2 * v.pixel, inside, n, <int>kernel.mr, panel, to)
+        else:
+            inside = 1
+            interleave_or_zero(pixels + w * v.pixel if pixels != NULL and 0 <= w < v.size[2]
+                               else NULL,
+                               pixels + (w + 1) * v.pixel if pixels != NULL
+                               and 0 <= w + 1 < v.size[2] else NULL, c, n, kernel.mr, panel, to)
+        to += inside * line
+        w += 2 * inside
+        i += inside
+
+
 cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
                  int16_t* to, ABlock* block) noexcept nogil:
     """Makes rows m0 .. m0 + mc and products k0 .. k0 + kc of A readable for the microkernel."""
@@ -301,6 +409,8 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
     cdef int16_t* even
     cdef int16_t* odd
     block.data = to
+    block.tiles = block.runs = NULL
+    block.run = 0
     if s.kind == ROWS and kc % 2:
         # The last pair would reach into the next row, or past the last: a chain of odd length.
         stride = patch_stride(kc)
@@ -330,6 +440,8 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
         if kc % 2:
             for i in range(mc):
                 to[i * stride + kc] = 0
+    elif s.kind == TAPS_T:
+        pack_taps_t(&s.window, data, m0, mc, k0, kc, <int64_t*>to, block)
     else:
         # Panels [pairs][mr][2], as B has them.
         block.row_stride, block.pair_stride, block.tile_stride = 2, 2 * mr, 2 * mr * pairs

@@ -21,19 +21,38 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
     g.kb = g.k
     if g.k > (LONG_COLUMNS if g.a.kind == COLUMNS or g.a.kind == PATCHES_T else LONG_K):
         g.kb = BLOCK_K
+        if g.a.kind == PATCHES_T and not g.spill and taps_share(&g.a.window):
+            plan_taps(g)
     if g.spill:
         plan_spill(g, limit)
     g.pairs.long_chain = g.pairs.chain
     if not g.spill and g.exponents.shifts.more:
         g.pairs.long_chain = safe_chain(g.a_bits, g.b_bits - 1, 65535) // 2 * 2
 
-    g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
+    if g.a.kind != TAPS_T:
+        g.mb = clamp(CACHED // 2 // max(g.kb, <int64_t>1) // mr * mr, mr, BLOCK_MN)
     share_out(g, BLOCK_MN, False)
     # hi and lo, or one float; and the int64 beyond them.
     size_sums(g)
     g.a_bytes = round_up(a_block_bytes(&g.a, g.mb, g.kb), ALIGN)
     g.b_bytes = 0 if g.packed_b else round_up(nr * round_up(g.kb, 2) * 2, ALIGN)
     size_scratch(g, round_up(g.k, 2) * 2)
+
+
+cdef void plan_taps(Gemm* g) noexcept nogil:
+    """Blocks of A are all taps of some channels, and whole rows of positions."""
+    cdef Window* v = &g.a.window
+    cdef int64_t width = v.positions[2], taps = volume(v.taps)
+    cdef int64_t kb = max(BLOCK_K // width, <int64_t>1) * width
+    cdef int64_t blocks = max((g.m + BLOCK_MN // 2) // BLOCK_MN, <int64_t>1)
+    if kb >= g.k:
+        return
+    g.a.kind, g.kb, g.position = TAPS_T, kb, taps_position
+    g.mb = taps * round_up((v.channels + blocks - 1) // blocks, g.mr)
+
+
+cdef int64_t taps_position(Gemm* g, int64_t row) noexcept nogil:
+    return element_of(&g.a.window, g.mb // volume(g.a.window.taps), row)
 
 
 cdef void plan_spill(Gemm* g, int64_t limit) noexcept nogil:
@@ -145,6 +164,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
     cdef char* acc
     cdef dfp_tile tile
     tile.row_stride, tile.pair_stride = a.row_stride, a.pair_stride
+    tile.runs, tile.run = a.runs, a.run
     tile.b = b
     tile.pairs, tile.segment, tile.chain = pairs, segment, (block.chain + 1) // 2
     tile.column_scale = tile.bias = NULL
@@ -155,7 +175,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
     for t in range(tiles):
         rows = min(mr, block.mc - t * mr)
         acc = block.acc + ((panel * (g.mb // mr) + t) * g.tile_bytes if g.carry else 0)
-        tile.a = a.data + t * a.tile_stride
+        tile.a = a.data + (t * a.tile_stride if a.tiles == NULL else a.tiles[t])
         tile.rows = rows
         tile.acc = <int32_t*>acc
         tile.resume = not block.first
@@ -166,7 +186,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         tile.ldc = nr
         tile.stream = False
         if block.last and direct:
-            tile.c = block.c + (block.m0 + t * mr) * g.c.ld + block.n0 + panel * nr
+            tile.c = block.c + row_of_c(g, block.m0 + t * mr) * g.c.ld + block.n0 + panel * nr
             tile.ldc = g.c.ld
             tile.stream = g.stream
         elif block.last and fast:

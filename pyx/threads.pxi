@@ -1,8 +1,9 @@
 # The only door to OpenMP: every parallel region of the library is opened here.
 #
 # libgomp keeps one team per thread that opens regions, and TensorFlow runs ops on several. So a
-# region takes the team only if no other kernel holds one (a try-lock, never a wait), and runs
-# serially otherwise. A forked child has no team: its first region would hang, so it stays serial.
+# region takes the team only if no other kernel holds one (a try-lock, never a wait), and begins
+# serially otherwise, until the team is free. A forked child has no team: its first region would
+# hang, so it stays serial.
 
 cdef extern from *:
     """
@@ -75,22 +76,24 @@ cdef inline int team_size() noexcept nogil:
 
 cdef void parallel_for(task_fn task, void* work, int64_t n, int threads) noexcept nogil:
     """Runs task(work, i, thread) for i in range(n) on at most `threads` threads."""
-    cdef int64_t i
+    cdef int64_t i, done = 0
     cdef float_env env = 0
-    if threads > n:
-        threads = <int>n
-    if threads > 1 and not dfp_forked and dfp_take_team():
-        with parallel(num_threads=threads):
-            env = dfp_float_default()
-            for i in prange(n, schedule="dynamic", chunksize=1):
-                task(work, i, omp_get_thread_num())
-            dfp_float_restore(env)
-        dfp_leave_team()
-    else:
+    if dfp_forked:
+        threads = 1
+    while done < n:
+        threads = <int>min(<int64_t>threads, n - done)
+        if threads > 1 and dfp_take_team():
+            with parallel(num_threads=threads):
+                env = dfp_float_default()
+                for i in prange(done, n, schedule="dynamic", chunksize=1):
+                    task(work, i, omp_get_thread_num())
+                dfp_float_restore(env)
+            dfp_leave_team()
+            return
         env = dfp_float_default()
-        for i in range(n):
-            task(work, i, 0)
+        task(work, done, 0)
         dfp_float_restore(env)
+        done += 1
 
 
 def set_threads(int n, int64_t small=DFP_SMALL):

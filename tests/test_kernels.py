@@ -769,6 +769,14 @@ CASES = {
     "long K": Case((3, 2), (3, 3), 1030, 5, padding="same", batch=1),
     "many pixels": Case((70, 70), (2, 2), 3, 5, padding="same", batch=2),
     "prime everything": Case((13, 11), (5, 3), 7, 11, (3, 2), padding="same", batch=3),
+    # Weight gradients whose taps share what is packed: blocks of rows from two images, of channels
+    # of which the last is smaller, and channels of one group.
+    "shared taps": Case((13, 22), (3, 3), 40, 6, padding="same", batch=5),
+    "shared taps, dilated": Case((12, 36), (3, 2), 8, 33, dilations=(2, 3), batch=6),
+    "shared taps, even dilation": Case((20, 30), (2, 3), 8, 5, dilations=(1, 2), padding="same"),
+    "shared taps, groups": Case((9, 40), (5, 4), 32, 6, groups=2, padding="same", batch=4),
+    "shared taps, column": Case((40, 16), (3, 1), 16, 9, padding=((3, 1), (0, 0)), batch=2),
+    "shared taps, 1d": Case((700,), (4,), 8, 5, padding="same"),
     # Images of an odd number of pixels: pairs of products belong to two, and tiles to several.
     "odd images": Case((7, 7), (3, 3), 4, 6, padding="same", batch=5),
     "odd images, 1x1": Case((7, 7), (1, 1), 64, 70, batch=4),

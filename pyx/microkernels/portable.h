@@ -14,13 +14,15 @@ typedef int32_t portable_row[PORTABLE_LANES];
 typedef int16_t portable_s16x8 __attribute__((vector_size(16)));
 typedef int32_t portable_s32x4 __attribute__((vector_size(16)));
 
-/* Adds a chain of `n` pairs from pair `first` on. */
+/* Adds a chain of `n` pairs from pair `first` on, which lie in one run. */
 static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, portable_row *acc) {
     const int16_t *a[PORTABLE_MR], *b = t->b + first * PORTABLE_LANES;
+    const int64_t at = t->runs ? t->runs[first / t->run] + first % t->run * t->pair_stride
+                               : first * t->pair_stride;
     portable_s32x4 sum[PORTABLE_MR][PORTABLE_LANES / 4];
     memcpy(sum, acc, sizeof sum);
     for (int i = 0; i < PORTABLE_MR; i++)
-        a[i] = t->a + (i < t->rows ? i : t->rows - 1) * t->row_stride + first * t->pair_stride;
+        a[i] = t->a + (i < t->rows ? i : t->rows - 1) * t->row_stride + at;
     for (int64_t p = 0; p < n; p++, b += PORTABLE_LANES)
         for (int i = 0; i < PORTABLE_MR; i++) {
             const int32_t pair = load_s32(a[i] + p * t->pair_stride);
@@ -55,8 +57,10 @@ static void gemm_s16_exact__portable(const dfp_tile *t) {
                 hi[i][2 * j] = t->acc[i * PORTABLE_NR + j];
                 acc[i][2 * j] = t->acc[tile + i * PORTABLE_NR + j];
             }
-    for (int64_t p = 0; p < t->pairs; p += t->chain) {
-        portable_chain(t, p, t->pairs - p < t->chain ? t->pairs - p : t->chain, acc);
+    for (int64_t p = 0, n; p < t->pairs; p += n) {
+        n = t->pairs - p < t->chain ? t->pairs - p : t->chain;
+        if (t->runs && n > t->run - p % t->run) n = t->run - p % t->run;
+        portable_chain(t, p, n, acc);
         for (int i = 0; i < PORTABLE_MR; i++)
             for (int j = 0; j < PORTABLE_LANES; j++) {
                 hi[i][j] += acc[i][j] >> 16;

@@ -36,9 +36,17 @@ TARGET static void TILE(gemm_s16_exact)(const dfp_tile *t) {
         UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < TILE_NV; j++)
             hi[i][j] = acc[i][j] = V_ZERO();
     }
-    for (int64_t left = t->pairs; left > 0; left -= t->chain) {
-        const int64_t n = left < t->chain ? left : t->chain;
+    const int64_t *runs = t->runs;
+    int64_t in_run = runs ? t->run : t->pairs;
+    if (runs) at = *runs++;
+    for (int64_t left = t->pairs, room = t->chain; left > 0;) {
+        int64_t n = left < room ? left : room;
+        n = n < in_run ? n : in_run;
         RUN_CHAIN(n)
+        left -= n, room -= n, in_run -= n;
+        if (!in_run && left) at = *runs++, in_run = t->run;
+        if (room && left) continue;
+        room = t->chain;
         /* What stays in the accumulator is small: the bound on chains leaves room. */
         UNROLL for (int i = 0; i < MR; i++) UNROLL for (int j = 0; j < TILE_NV; j++)
             CARRY(hi[i][j], acc[i][j]);

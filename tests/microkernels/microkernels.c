@@ -147,7 +147,9 @@ static float float_sum[MAX_TILE][MAX_TILE];
 
 static int16_t a_at(const dfp_tile *t, int64_t i, int64_t k) {
     const int64_t row = i < t->rows ? i : t->rows - 1;
-    return t->a[row * t->row_stride + k / 2 * t->pair_stride + k % 2];
+    const int64_t p = k / 2, at = t->runs ? t->runs[p / t->run] + p % t->run * t->pair_stride
+                                          : p * t->pair_stride;
+    return t->a[row * t->row_stride + at + k % 2];
 }
 
 /* Whether the tile has half the columns, and how many it has. */
@@ -173,8 +175,9 @@ static void expect_sums(const dfp_tile *t, int resume) {
         }
 }
 
-/* New operands for `pairs` pairs, in either layout of A, for any number of rows. */
-static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, int qb) {
+/* New operands for `pairs` pairs, in either layout of A, perhaps in runs, for any number of rows. */
+static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, int qb,
+                          int may_run) {
     t->pairs = pairs;
     t->rows = word() % 2 ? kernel->mr : between(1, kernel->mr);
     t->a = a_space + between(0, 3);
@@ -190,6 +193,15 @@ static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, in
         for (int64_t k = 0; k < 2 * pairs; k++)
             a_space[t->a - a_space + i * t->row_stride + k / 2 * t->pair_stride + k % 2] =
                 mantissa(kind, qa);
+    t->runs = NULL;
+    if (word() % 2 && may_run) {
+        /* The same pairs, or others that are in the same bounds: runs from anywhere in A. */
+        static int64_t runs[MAX_PAIRS];
+        t->run = between(1, pairs);
+        for (int64_t r = 0; r * t->run < pairs; r++)
+            runs[r] = between(0, pairs - t->run) * t->pair_stride;
+        t->runs = runs;
+    }
     t->b = b_space;
     for (int64_t i = 0; i < pairs * nr * 2; i++) b_space[i] = mantissa(kind, qb);
 }
@@ -235,7 +247,8 @@ static void check_tile(int spill) {
         }
     for (int part = 0; part < parts; part++) {
         const int64_t segments = between(1, 3);
-        fill_operands(&t, segments * between(1, MAX_PAIRS / (word() % 2 ? 3 : 60)), kind, qa, qb);
+        fill_operands(&t, segments * between(1, MAX_PAIRS / (word() % 2 ? 3 : 60)), kind, qa, qb,
+                      !spill);
         t.segment = t.pairs / segments;
         expect_sums(&t, t.resume);
         t.c = NULL;
@@ -270,7 +283,7 @@ static void check_rounding(void) {
     dfp_tile t = {.acc = acc_space, .resume = 1, .c = c_space, .ldc = nr};
     choose_scales(&t.row_scale, &t.column_scale);
     t.bias = choose_bias();
-    fill_operands(&t, 1, LARGEST, 0, 0);
+    fill_operands(&t, 1, LARGEST, 0, 0, 0);
     t.segment = t.chain = 1;
     for (int n = 0; n < tile; n++) {
         int64_t v = near_tie(between(24, 46));
