@@ -340,7 +340,8 @@ def _parse(op: str, subscripts: str, ranks: Sequence[int]):
         labels.append([*before, *range(-hidden, 0), *after])
         depth = max(depth, hidden)
     if not arrow:
-        output = "*" + "".join(sorted(c for c in set(inputs) - {",", "*"} if inputs.count(c) == 1))
+        # In the order of appearance: Keras calls its labels a, b, c, ... before they are sorted.
+        output = "*" + "".join(c for c in inputs if c not in ",*" and inputs.count(c) == 1)
     before, star, after = output.partition("*")
     out = [*before, *range(-depth, 0), *after]
     if depth and not star:

@@ -160,6 +160,15 @@ def observed(note: Callable) -> Iterator[None]:
         _observer.note = None
 
 
+def transpose(q, perm: Sequence[int]) -> tf.Tensor:
+    """Returns mantissas with their axes in another order.
+
+    As uint16: TensorFlow first asks oneDNN, which on CPUs without AVX-512, and where it does not
+    know that the CPU has it, prints an error for int16.
+    """
+    return tf.bitcast(tf.transpose(tf.bitcast(q, tf.uint16), perm), tf.int16)
+
+
 class Factor:
     """A factor of a product, as float32 and as integers; each is made when first asked for.
 

@@ -75,7 +75,7 @@ def operand(
         note(Quantized(source, mantissas, q, tuple(perm), fmt.fused))
     shape = [tf.shape(q)] if reshaped else []
     if perm:
-        q = tf.transpose(q, perm)
+        q = native.transpose(q, perm)
     return Operand(q, exponent, native.lib.dfp_token(x=value, shape=shape, perm=list(perm)))
 
 

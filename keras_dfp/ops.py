@@ -371,7 +371,8 @@ def einsum(subscripts, *operands, **kwargs):
     an operand that repeats a label.
 
     Args:
-        subscripts: As NumPy's, with `...` and with or without `->`.
+        subscripts: As NumPy's, with `...` and with or without `->`; without, the result's labels
+            come in the order of their appearance, as in Keras on TensorFlow.
         *operands: float32 tensors.
         **kwargs: `optimize` is accepted and has no effect.
 
@@ -447,7 +448,10 @@ def dot_product_attention(
             f"{query.shape}, {key.shape} and {value.shape}."
         )
     heads, kv_heads = query.shape[2], key.shape[2]
-    if None not in (heads, kv_heads) and heads > kv_heads > 1:
+    if None in (heads, kv_heads):
+        key, value = (_for_all_heads(op, x, query) for x in (key, value))
+        kv_heads = key.shape[2]
+    elif heads > kv_heads > 1:
         if heads % kv_heads:
             raise ValueError(
                 f"keras_dfp.ops.{op}: the {heads} heads of `query` must be a multiple of the "
@@ -479,6 +483,24 @@ def dot_product_attention(
     with watch_only(1):
         y = einsum(f"bnts,{keys}->btnh", tf.nn.softmax(logits), value)
     return y if mask is None else seen.or_mean(y, "btnh", whole, keys)
+
+
+def _for_all_heads(op, x, query):
+    """Returns keys or values with a head for each of the query's; who has how many, is seen late.
+
+    One head of keys is not repeated if it is known to be one.
+    """
+    if x.shape[2] == 1:
+        return x
+    heads, own = sizes(query)[2], sizes(x)[2]
+    remainder = tf.math.floormod(heads, tf.maximum(own, 1))
+    check = tf.debugging.assert_equal(
+        remainder, 0, f"keras_dfp.ops.{op}: the heads of `query` must be a multiple of `key`'s."
+    )
+    with tf.control_dependencies([] if check is None else [check]):
+        x = tf.repeat(x, heads // tf.maximum(own, 1), axis=2)
+    x.set_shape([*x.shape[:2], query.shape[2], x.shape[3]])
+    return x
 
 
 def _visible(query, key, mask, is_causal):

@@ -562,6 +562,24 @@ def test_einsum_takes_ellipses_and_implicit_outputs(subscripts, labels, shapes, 
     check_einsum(labels, a, b, y, dy, gradients, fmt)
 
 
+@pytest.mark.parametrize(
+    ("subscripts", "shapes"),
+    [
+        ("zb,ba", [(2, 3), (3, 4)]),
+        ("b,a", [(2,), (3,)]),
+        ("ba", [(2, 3)]),
+        ("z...,...b", [(2,), (3,)]),
+        ("...ca,ab", [(2, 5, 3), (3, 4)]),
+        ("zj,jk,kb", [(2, 3), (3, 4), (4, 5)]),
+    ],
+)
+def test_implicit_einsums_order_their_results_as_keras_does(subscripts, shapes):
+    operands = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    y, stock = ops.einsum(subscripts, *operands), keras.ops.einsum(subscripts, *operands)
+    assert y.shape == stock.shape
+    np.testing.assert_allclose(y, stock, atol=5e-3)
+
+
 def test_einsum_of_other_than_two_operands_and_of_diagonals():
     a, b, c = random(3, 3, 2), random(3, 4, seed=1), random(4, 5, seed=2)
     same_bits(ops.einsum("iij->ji", a), np.einsum("iij->ji", a))
@@ -569,6 +587,48 @@ def test_einsum_of_other_than_two_operands_and_of_diagonals():
     same_bits(ops.einsum("iij,ik->jk", a, b), ops.einsum("ij,ik->jk", diagonal, b))
     left = ops.einsum("ij,ik->jk", diagonal, b)
     same_bits(ops.einsum("ij,ik,kl->lj", diagonal, b, c), ops.einsum("jk,kl->lj", left, c))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("known", [(), ("query",), ("key",)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_counts_heads_that_tracing_does_not_know(kv_heads, known, masked):
+    q, k, v = random(2, 5, 4, 8), random(2, 7, kv_heads, 8), random(2, 7, kv_heads, 8, seed=2)
+    mask = random(2, 1, 5, 7) < 1 if masked else None
+    heads = [4 if "query" in known else None, *[kv_heads if "key" in known else None] * 2]
+    graph = tf.function(
+        lambda q, k, v: ops.dot_product_attention(q, k, v, mask=mask),
+        input_signature=[tf.TensorSpec([None, None, n, None]) for n in heads],
+    )
+    same_bits(graph(q, k, v), ops.dot_product_attention(q, k, v, mask=mask).numpy())
+
+
+def test_heads_that_do_not_fit_are_refused_when_they_are_counted():
+    unknown = tf.TensorSpec([None] * 4)
+    graph = tf.function(ops.dot_product_attention, input_signature=[unknown] * 3)
+    for heads, kv_heads in ((4, 3), (2, 4)):
+        keys = random(2, 7, kv_heads, 8)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="heads of `query` must be a mult"):
+            graph(random(2, 5, heads, 8), keys, keys)
+
+
+def test_no_mantissas_are_transposed_as_int16():
+    """TensorFlow's oneDNN prints an error for that where a CPU, or its caller, has no AVX-512."""
+
+    @tf.function
+    def everything(x, w):
+        with tf.GradientTape() as tape:
+            tape.watch([x, w])
+            attention = ops.dot_product_attention(x, x, x)
+            y = ops.conv(attention, w, data_format="channels_first")
+            total = tf.reduce_sum(y) + tf.reduce_sum(ops.einsum("abcd,ebfd->efac", x, x))
+        return total, tape.gradient(total, [x, w])
+
+    graph = everything.get_concrete_function(
+        tf.TensorSpec([2, 4, 5, 6]), tf.TensorSpec([3, 3, 4, 2])
+    ).graph
+    transposed = [op.inputs[0].dtype for op in graph.get_operations() if op.type == "Transpose"]
+    assert tf.uint16 in transposed and tf.int16 not in transposed
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

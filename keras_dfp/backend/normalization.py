@@ -125,6 +125,7 @@ def _is_residual(x, y) -> bool:
         not tf.executing_eagerly()
         and x.shape.rank > 2
         and x.shape[1:].is_fully_defined()
+        and y.shape.rank is not None
         and x.shape.as_list() == y.shape.as_list()
     )
 
