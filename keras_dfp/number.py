@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import numpy as np
 
@@ -134,7 +135,8 @@ def quantize(
             exactly are converted; float64 is refused, because it would be rounded twice).
         mantissa_bits: Bits of a mantissa, sign included, 8 to 16.
         rounding: `"nearest"`, `"truncate"` or `"stochastic"`.
-        seed: Seed of stochastic rounding; `None` means 0. The same seed gives the same result.
+        seed: Seed of stochastic rounding, an int of 64 bits, signed or not, of which the low 32
+            count; `None` means 0. The same seed gives the same result.
         group_axes: How many leading axes of `x` have an exponent for each of their indices: with
             1, every sample of a batch has its own; with 0, the array has one.
 
@@ -144,8 +146,9 @@ def quantize(
         it is NaN.
 
     Raises:
-        ValueError: If `mantissa_bits`, `rounding` or `group_axes` is not allowed.
-        TypeError: If `x` is float64 or another type that float32 does not hold exactly.
+        ValueError: If `mantissa_bits`, `rounding`, `seed` or `group_axes` is not allowed.
+        TypeError: If `x` is float64 or another type that float32 does not hold exactly, or `seed`
+            is not an int.
 
     Example:
 
@@ -157,6 +160,9 @@ def quantize(
 
     DFPFormat(mantissa_bits=mantissa_bits, rounding=rounding)
     native.follow_thread_setting()
+    seed = operator.index(seed or 0)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"quantize: seed must be an int of 64 bits; got {seed}.")
     x = _as_float32(x)
     if not 0 <= group_axes <= x.ndim:
         raise ValueError(
@@ -168,7 +174,7 @@ def quantize(
         step=[],
         mantissa_bits=mantissa_bits,
         rounding=rounding,
-        seed=int(seed or 0),
+        seed=seed & 0xFFFFFFFF,
         group_axes=group_axes,
         n_counts=0,
     )[:2]

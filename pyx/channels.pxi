@@ -114,7 +114,7 @@ cdef struct ChannelSums:
 cdef void sums_plan(ChannelSums* s, double* total) noexcept nogil:
     cdef int64_t n = s.shape.n, parts
     s.total = total
-    s.threads = team_size() if 64 * s.shape.images * s.shape.pixels * n > SMALL else 1
+    s.threads = team_size() if 64.0 * s.shape.images * s.shape.pixels * n > SMALL else 1
     s.blocks = sum_blocks(s.shape.pixels)
     s.task = max(<int64_t>1, SUM_WORK // max(
         min(s.shape.pixels, <int64_t>SUM_PIXELS) * n, <int64_t>1))

@@ -134,7 +134,7 @@ cdef void input_gradient_plan(const Conv* v, Gemm* g, const int64_t* phase, cons
     a.pixel, a.channels = v.filters, filters
     a.padded = round_up(filters, 2) if v.spill else filters
     rows_of_window(g)
-    g.c.scattered = volume(v.stride) > 1
+    g.c.scattered = not all_one(v.stride)
     g.m, g.n = v.batch * volume(a.positions), channels
     g.a_batch, g.b_batch, g.c.batch, g.c.ld = filters, filters, channels, v.channels
     g.b.k_stride, g.b.n_stride = 1, v.filters

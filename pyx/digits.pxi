@@ -121,10 +121,10 @@ cdef void lay_flat(Gemm* g) noexcept nogil:
     cdef Window* w = &g.a.window
     cdef int i
     cdef int64_t reach, least, before, after
-    cdef double layout, positions, channels, taps, columns, filters
+    cdef double layout = 1, halo = 0, positions, channels, taps, columns, filters
     d.flat = d.mirrored = False
     d.halo = 0
-    if g.a.kind == ROWS or g.a.kind == COLUMNS or volume(w.taps) < 2 or volume(w.step) != 1:
+    if g.a.kind == ROWS or g.a.kind == COLUMNS or volume(w.taps) < 2 or not all_one(w.step):
         return
     for i in range(3):
         # The taps of one position span reach + 1 pixels, from coordinate `least` on at the first
@@ -136,21 +136,22 @@ cdef void lay_flat(Gemm* g) noexcept nogil:
         after = max(<int64_t>0, w.positions[i] + least + reach - w.size[i])
         # The padding after a row is also the one before the next.
         d.pitch[i] = w.positions[i] + reach - min(reach, min(before, after))
-        d.halo = d.halo * d.pitch[i] + reach
-    layout, positions, taps = volume(d.pitch), volume(w.positions), volume(w.taps)
+        # Of padding alone it may be more than an int64 holds.
+        layout, halo = layout * d.pitch[i], halo * d.pitch[i] + reach
+    positions, taps = volume(w.positions), volume(w.taps)
     channels, columns = w.channels, steps_of(w.channels) * DFP_DIGIT_STEP
     if g.a.kind == PATCHES and taps * columns <= LONG_K:
-        d.flat = (d.halo * columns * d.planes <= FLAT_CACHED
+        d.flat = (halo * columns * d.planes <= FLAT_CACHED
                   and layout * columns * g.n <= positions * channels * (g.n + SPLIT_COST))
     elif g.a.kind == PATCHES_T and taps <= MIRRORED_TAPS:
         # Halves of B have a group for every four pixels, in four copies.
         columns = round_up(w.channels, DFP_DIGIT_TILE)
         filters = round_up(g.n, DFP_DIGIT_TILE)
-        d.mirrored = (d.halo * 128 * d.planes <= FLAT_CACHED
+        d.mirrored = (halo * 128 * d.planes <= FLAT_CACHED
                       and layout * (columns * taps * filters + SPLIT_COST * (2 * channels + g.n))
                       <= positions * channels * taps * (filters + SPLIT_COST))
-    if not d.flat and not d.mirrored:
-        d.halo = 0
+    if d.flat or d.mirrored:
+        d.halo = <int64_t>halo
 
 
 cdef inline int64_t abs64(int64_t x) noexcept nogil:

@@ -19,16 +19,17 @@ cdef struct Shifts:
 
 cdef struct Exponents:
     int64_t all                 # of all sums,
-    const int32_t* items        # and of those of an item, or NULL
+    const int64_t* items        # and of those of an item, or NULL
     Axis row, column
     Shifts shifts
 
 
 cdef inline int64_t added(int64_t e1, int64_t e2) noexcept nogil:
-    """Far below and above what float32 reaches all sums look alike: no overflow here."""
+    """Exponents are int32, and those far beyond float32 may cancel: their sums are not clamped."""
     if e1 == NAN_EXPONENT or e2 == NAN_EXPONENT:
         return NAN_EXPONENT
-    return max(<int64_t>-100000, min(<int64_t>100000, e1 + e2))
+    # A sum is no NaN; so far below float32 one less is the same.
+    return e1 + e2 - (e1 + e2 == NAN_EXPONENT)
 
 
 cdef inline int64_t item_exponent(const Exponents* x, int64_t item) noexcept nogil:
@@ -155,7 +156,7 @@ cdef inline bint spread_over(const Operand* o, int64_t item_rows) noexcept nogil
 
 cdef int64_t exponent_bytes(int64_t batch, int64_t k) noexcept nogil:
     """Room that resolve_exponents may need."""
-    return round_up(batch * sizeof(int32_t), ALIGN) + batch * k
+    return round_up(batch * sizeof(int64_t), ALIGN) + batch * k
 
 
 cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64_t m,
@@ -170,8 +171,8 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
     cdef bint a_spread = spread_over(a, k if a_along_k else m)
     cdef bint b_spread = spread_over(b, k if b_along_k else n)
     cdef bint a_k = a_spread and a_along_k, b_k = b_spread and b_along_k
-    cdef int32_t* items = <int32_t*>room
-    cdef int8_t* shift = <int8_t*>room + round_up(batch * sizeof(int32_t), ALIGN)
+    cdef int64_t* items = <int64_t*>room
+    cdef int8_t* shift
     cdef int64_t item, i, e, most, per, any = 0
     cdef int more = 1 if b_bits < 16 else 0
     memset(x, 0, sizeof(Exponents))
@@ -190,23 +191,24 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
     if a_k or b_k:
         per = gcd(a.per if a_k else 0, b.per if b_k else 0)
     x.items = items
+    shift = <int8_t*>room + round_up(batch * sizeof(int64_t), ALIGN)
     for item in range(batch):
         e = 0
         if a.count > 1 and not a_spread:
             e = added(e, a.e[item * (k if a_along_k else m) // a.per])
         if b.count > 1 and not b_spread:
             e = added(e, b.e[item * (k if b_along_k else n) // b.per])
-        items[item] = <int32_t>e
+        items[item] = e
         if not (a_k or b_k):
             continue
-        most = <int64_t>-1 << 40
+        most = -(<int64_t>1 << 40)
         for i in range(k // per):
             e = along_k(a, b, a_k, b_k, item * k + i * per)
             if e == NAN_EXPONENT:
                 most = e
                 break
             most = max(most, e)
-        items[item] = <int32_t>added(items[item], most)
+        items[item] = added(items[item], most)
         for i in range(k // per):
             e = 0
             if most != NAN_EXPONENT:
@@ -220,6 +222,5 @@ cdef void resolve_exponents(Exponents* x, int64_t batch, const Operand* a, int64
 
 cdef inline int64_t along_k(const Operand* a, const Operand* b, bint a_k, bint b_k,
                             int64_t k) noexcept nogil:
-    """The exponents of product k, counted through all items; not clamped: differences count."""
-    cdef int64_t e1 = a.e[k // a.per] if a_k else 0, e2 = b.e[k // b.per] if b_k else 0
-    return NAN_EXPONENT if e1 == NAN_EXPONENT or e2 == NAN_EXPONENT else e1 + e2
+    """The exponents of product k, counted through all items."""
+    return added(a.e[k // a.per] if a_k else 0, b.e[k // b.per] if b_k else 0)

@@ -17,6 +17,11 @@ cdef inline int64_t volume(const int64_t* size) noexcept nogil:
     return size[0] * size[1] * size[2]
 
 
+cdef inline bint all_one(const int64_t* size) noexcept nogil:
+    """Of strides, whose volume an int64 need not hold."""
+    return size[0] == size[1] == size[2] == 1
+
+
 cdef inline int64_t gcd(int64_t a, int64_t b) noexcept nogil:
     while b:
         a, b = b, a % b

@@ -98,7 +98,7 @@ def guarded(array):
 def assert_same_bits(actual, expected, what=""):
     actual = np.asarray(actual)
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
-    view = {2: np.uint16, 4: np.uint32, 8: np.uint64}[actual.itemsize]
+    view = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[actual.itemsize]
     if not np.array_equal(actual.view(view), expected.view(view)):
         np.testing.assert_array_equal(actual.view(view), expected.view(view), what)
 

@@ -8,6 +8,7 @@ Exponents are a number or an array, as in the reference: `matmul`'s broadcast wi
 those of a convolution are one or one for each image.
 """
 
+import functools
 import itertools
 import math
 
@@ -76,7 +77,10 @@ def output_shape(case):
 
 
 class _Window:
-    """Where the taps of a case fall, in an input with its padding."""
+    """Where the taps of a case fall, in an input with one pixel of zeros at the end of each axis.
+
+    All padding is there, however wide it is.
+    """
 
     def __init__(self, case):
         options = case.options
@@ -89,25 +93,32 @@ class _Window:
             for n, s, r in zip(case.image, strides, reach, strict=True):
                 missing = max(0, (-(-n // s) - 1) * s + r - n)
                 padding.append((missing // 2, missing - missing // 2))
-        self.pad = [(0, 0), *padding, (0, 0)]
-        padded = [n + sum(p) for n, p in zip(case.image, padding, strict=True)]
+        self.pad = [(0, 0), *[(0, 1)] * len(reach), (0, 0)]
         self.output = [
-            max(0, (n - r) // s + 1) for n, r, s in zip(padded, reach, strides, strict=True)
+            max(0, (n + sum(p) - r) // s + 1)
+            for n, p, r, s in zip(case.image, padding, reach, strides, strict=True)
         ]
-        self.taps = [
-            (slice(None),)
-            + tuple(
-                slice(k * d, k * d + s * n, s)
-                for k, d, s, n in zip(position, dilations, strides, self.output, strict=True)
-            )
-            for position in itertools.product(*map(range, case.kernel))
+        self._axes = list(zip(case.image, padding, strides, dilations, strict=True))
+        self._kernel = case.kernel
+        self.shape = (case.batch, *(n + 1 for n in case.image), case.channels)
+
+    @functools.cached_property
+    def taps(self):
+        """The indices of what each kernel position meets."""
+
+        def met(axis, k):
+            n, (before, _), stride, dilation = self._axes[axis]
+            i = np.arange(self.output[axis]) * stride + k * dilation - before
+            return np.where((i >= 0) & (i < n), i, n)
+
+        return [
+            (slice(None), *np.ix_(*(met(axis, k) for axis, k in enumerate(position))))
+            for position in itertools.product(*map(range, self._kernel))
         ]
-        self.shape = (case.batch, *padded, case.channels)
 
     def inner(self, total):
         """Cuts the padding off."""
-        ends = zip(self.pad, total.shape, strict=True)
-        return total[tuple(slice(before, n - after) for (before, after), n in ends)]
+        return total[(slice(None), *[slice(-1)] * len(self.output))]
 
 
 def _grouped(case, window, x, w, dy, aligned, bits, across_bits, accumulation):

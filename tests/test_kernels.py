@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import oracle
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import (
@@ -25,7 +26,7 @@ from kernels import (
     running,
 )
 
-from keras_dfp import reference
+from keras_dfp import number, reference
 from keras_dfp.native import extension, lib
 
 
@@ -389,9 +390,64 @@ def test_attributes_out_of_range(attributes, message):
         )  # fmt: skip
 
 
-def test_strides_far_beyond_the_image():
-    case = Case((6, 5), (2, 3), 2, 3, strides=(2**31 - 1, 2**31 - 2))
-    check_conv(case, np.random.default_rng(0), 14, 14, 14, "exact", "random")
+FAR = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((6, 5), (2, 3), 2, 3, strides=(FAR, FAR - 1)),
+        # Strides, dilations and padding whose product is no int64, or is 0 or 1 as one.
+        Case((4, 4, 4), (1, 2, 2), 2, 3, strides=(2**21,) * 3),
+        Case((4, 3, 4), (1, 2, 2), 2, 3, strides=(FAR,) * 3),
+        Case((2, 3, 4), (1, 2, 2), 5, 1, strides=(2**21,) * 3, depthwise=True),
+        Case((4, 3, 4), (2, 2, 2), 2, 3, dilations=(2**21,) * 3, padding="same"),
+        Case((4, 3, 4), (2, 2, 2), 32, 33, dilations=(2**30,) * 3, padding="same"),
+        Case((1, 1, 2), (1, 1, 1), 3, 2, strides=(FAR,) * 3, padding=((FAR, FAR),) * 3),
+    ],
+    ids=str,
+)
+def test_sizes_far_beyond_the_image(case):
+    rng = np.random.default_rng(0)
+    shapes = case.input_shape, case.kernel_shape, oracle.output_shape(case)
+    tensors = [mantissas(rng, shape, 14) for shape in shapes]
+    passes = Passes(case, tensors, (-3, -4, -5), (14, 14, 14))
+    for accumulation in ("exact", "spill"):
+        truth = oracle.conv_passes(case, *tensors, (-3, -4, -5), (14, 14, 14), accumulation)
+        for isa in ISAS:
+            with running(isa, 2, small=0):
+                results = passes(accumulation)
+            for name, result, expected in zip(Passes.names, results, truth, strict=True):
+                assert_same_bits(result, expected, f"{name}, {accumulation}, {isa}")
+
+
+def test_empty_tensors_of_any_size():
+    """What is not zero of their sizes multiplies to less than 2**61, or they are refused."""
+    many = 2**40
+
+    def matmul(a, b):
+        operands = dict(a=tf.zeros(a, tf.int16), b=tf.zeros(b, tf.int16))
+        others = dict(a_exponent=np.int32(0), a_token=TOKEN, b_exponent=np.int32(0), b_token=TOKEN)
+        return lib.dfp_matmul(**operands, **others)
+
+    def weight_gradient(*image):
+        return lib.dfp_conv_backprop_filter(
+            x=tf.zeros((0, *image, 2), tf.int16), x_exponent=np.int32(0), x_token=TOKEN,
+            filter_sizes=np.int32([1, 1, 2, 3]),
+            dy=tf.zeros((0, *image, 3), tf.int16), dy_exponent=np.int32(0), dy_token=TOKEN,
+            strides=[1, 1], dilations=[1, 1], padding="SAME",
+        )  # fmt: skip
+
+    assert matmul((0, many), (many, 0)).shape == (0, 0)
+    assert matmul((7, 0, many), (7, many, 0)).shape == (7, 0, 0)
+    assert np.array_equal(weight_gradient(2**29, 2**29), np.zeros((1, 1, 2, 3)))
+    for refused, message in (
+        (lambda: matmul((0, many, many), (0, many, many)), "a must have sizes .* less than 2..61"),
+        (lambda: matmul((many, 0), (0, many)), "the result .* larger than is supported"),
+        (lambda: weight_gradient(2**30, 2**30), "x must have sizes .* less than 2..61; got shape"),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            refused()
 
 
 @pytest.mark.parametrize("e", [-200, -163, -149, -140, -12, 0, 100, 121, 2**31 - 1, -(2**31)])
@@ -439,6 +495,19 @@ def test_quantize_refuses(arguments, message):
     x = np.ones((4, 2), np.float32)
     with pytest.raises(Exception, match=message):
         lib.dfp_quantize(**{**dict(x=x, exponent=[], step=[]), **arguments})
+
+
+def test_seeds():
+    x = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    for seed in (None, 0, 7, -1, 2**32 + 5, -(2**63), 2**63 - 1, 2**64 - 1, np.int64(-9)):
+        q, _ = reference.quantize(x, rounding="stochastic", seed=int(seed or 0))
+        t = number.quantize(x, rounding="stochastic", seed=seed)
+        assert_same_bits(t.mantissa, q, f"{seed}")
+    for seed in (2**64, -(2**63) - 1, 10**30):
+        with pytest.raises(ValueError, match=f"seed must be an int of 64 bits; got {seed}"):
+            number.quantize(x, rounding="stochastic", seed=seed)
+    with pytest.raises(TypeError):
+        number.quantize(x, seed=1.5)
 
 
 def test_quantize_does_not_depend_on_flush_modes():

@@ -5,25 +5,27 @@
 
 /* ---- plain loops: `width` channels from c on; constant, so that sums stay in registers ------- */
 
+/* Sums are unsigned: of mantissas that are larger than their format allows they wrap around. */
+
 #define EACH for (int i = 0; i < width; i++)
 
 /* `whole`: all terms are one chain, and nothing is subnormal. */
 #define PATCH_BLOCK(whole)                                                                \
     {                                                                                     \
         int64_t wide[width];                                                              \
-        int32_t acc[width];                                                               \
+        uint32_t acc[width];                                                              \
         EACH wide[i] = 0;                                                                 \
         EACH acc[i] = 0;                                                                  \
         for (int64_t k = 0; k < t->terms; k++) {                                          \
             const int16_t *x = t->x[k] + at, *w = t->w[k] + c;                            \
-            EACH acc[i] += (int32_t)x[i] * (int32_t)w[i];                                 \
+            EACH acc[i] += (uint32_t)((int32_t)x[i] * (int32_t)w[i]);                     \
             if (!(whole) && (k + 1) % (2 * t->chain) == 0) {                              \
-                EACH wide[i] += acc[i];                                                   \
+                EACH wide[i] += (int32_t)acc[i];                                          \
                 EACH acc[i] = 0;                                                          \
             }                                                                             \
         }                                                                                 \
-        if (whole) EACH y[i] = (float)acc[i] * (float)t->scale[m];                        \
-        else EACH y[i] = dfp_round(wide[i] + acc[i], t->scale[m]);                        \
+        if (whole) EACH y[i] = (float)(int32_t)acc[i] * (float)t->scale[m];               \
+        else EACH y[i] = dfp_round(wide[i] + (int32_t)acc[i], t->scale[m]);               \
     }
 
 #define PATCH_WIDTH(size)                                                                 \
@@ -61,14 +63,14 @@ TARGET static void DFP_CAT(patch_plain__, ISA)(const dfp_patch *t) {
                 const int16_t *x = t->x[k] + m * t->x_item + h * t->x_row + c;            \
                 const int16_t *dy = t->dy + m * t->y_item + h * t->y_row + c;             \
                 for (int64_t p = 0; p < t->pixels;) {                                     \
-                    int32_t acc[width];                                                   \
+                    uint32_t acc[width];                                                  \
                     EACH acc[i] = 0;                                                      \
                     for (int64_t left = 2 * t->chain; left && p < t->pixels; left--, p++) { \
-                        EACH acc[i] += (int32_t)x[i] * (int32_t)dy[i];                    \
+                        EACH acc[i] += (uint32_t)((int32_t)x[i] * (int32_t)dy[i]);        \
                         x += t->x_step;                                                   \
                         dy += t->y_step;                                                  \
                     }                                                                     \
-                    EACH sums[i] += acc[i];                                               \
+                    EACH sums[i] += (int32_t)acc[i];                                      \
                 }                                                                         \
             }                                                                             \
         }                                                                                 \

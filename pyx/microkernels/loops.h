@@ -212,7 +212,7 @@ TARGET static void DFP_CAT(sample__, ISA)(const float *x, const int16_t *q, int6
 
 /* RN(v * 2**-shift) of an int32, ties to even; shift from -1 on. */
 #define ALIGNED(v, shift)                                                        \
-    ((((v) << LEFT(shift)) + HALF(shift) + ((v) >> RIGHT(shift) & ((shift) > 0))) >> RIGHT(shift))
+    ((((v) * (1 << LEFT(shift))) + HALF(shift) + ((v) >> RIGHT(shift) & ((shift) > 0))) >> RIGHT(shift))
 #define LEFT(shift) ((shift) < 0)
 #define RIGHT(shift) ((shift) > 0 ? (shift) : 0)
 #define HALF(shift) ((shift) > 0 ? (1 << ((shift) - 1)) - 1 : 0)
@@ -423,15 +423,15 @@ TARGET static void DFP_CAT(copy_rows_s16__, ISA)(const int16_t *restrict from, i
             int64_t end = first - first % t->segment + t->segment;                       \
             if (end > first + t->chain) end = first + t->chain;                          \
             if (end > t->terms) end = t->terms;                                          \
-            int32_t acc[width];                                                          \
+            uint32_t acc[width];  /* which wrap, as in depthwise.h */                    \
             for (int i = 0; i < (width); i++) acc[i] = 0;                                \
             for (int64_t k = first; k < end; k++) {                                      \
                 const int16_t *x = t->x[k], *w = t->w[k];                                \
                 if (!x) continue;                                                        \
                 for (int i = 0; i < (width); i++)                                        \
-                    acc[i] += (int32_t)x[c + i] * (int32_t)w[c + i];                     \
+                    acc[i] += (uint32_t)((int32_t)x[c + i] * (int32_t)w[c + i]);         \
             }                                                                            \
-            for (int i = 0; i < (width); i++) sum[i] += (float)acc[i];                   \
+            for (int i = 0; i < (width); i++) sum[i] += (float)(int32_t)acc[i];          \
             first = end;                                                                 \
         }                                                                                \
         for (int i = 0; i < (width); i++)                                                \

@@ -13,13 +13,14 @@ typedef int32_t portable_row[PORTABLE_LANES];
 /* The vectors of GNU C, which every machine has, if need be in pieces. */
 typedef int16_t portable_s16x8 __attribute__((vector_size(16)));
 typedef int32_t portable_s32x4 __attribute__((vector_size(16)));
+typedef uint32_t portable_u32x4 __attribute__((vector_size(16)));
 
 /* Adds a chain of `n` pairs from pair `first` on, which lie in one run. */
 static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, portable_row *acc) {
     const int16_t *a[PORTABLE_MR], *b = t->b + first * PORTABLE_LANES;
     const int64_t at = t->runs ? t->runs[first / t->run] + first % t->run * t->pair_stride
                                : first * t->pair_stride;
-    portable_s32x4 sum[PORTABLE_MR][PORTABLE_LANES / 4];
+    portable_u32x4 sum[PORTABLE_MR][PORTABLE_LANES / 4];
     memcpy(sum, acc, sizeof sum);
     for (int i = 0; i < PORTABLE_MR; i++)
         a[i] = t->a + (i < t->rows ? i : t->rows - 1) * t->row_stride + at;
@@ -32,7 +33,7 @@ static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, p
                 /* As a loop: gcc 12 finds no widening multiplication in a product of vectors. */
                 int32_t products[8];
                 for (int l = 0; l < 8; l++) products[l] = x[l] * y[l];
-                portable_s32x4 low, high;
+                portable_u32x4 low, high;
                 memcpy(&low, products, sizeof low);
                 memcpy(&high, products + 4, sizeof high);
                 sum[i][j / 4] += low;
@@ -89,7 +90,8 @@ static void gemm_s16_spill__portable(const dfp_tile *t) {
             portable_chain(t, s + p, t->segment - p < t->chain ? t->segment - p : t->chain, acc);
             for (int i = 0; i < PORTABLE_MR; i++)
                 for (int j = 0; j < PORTABLE_NR; j++)
-                    sum[i][j] += (float)(acc[i][2 * j] + acc[i][2 * j + 1]);
+                    sum[i][j] += (float)(int32_t)((uint32_t)acc[i][2 * j] +
+                                                  (uint32_t)acc[i][2 * j + 1]);
         }
     if (!t->c) {
         memcpy(t->acc, sum, sizeof sum);

@@ -96,7 +96,19 @@ cdef void* get_input(Call* c, int i, const char* name, Shape* shape) noexcept no
             return NULL
         for d in range(shape.rank):
             shape.dim[d] = tf.Dim(t, d)
+        check_sizes(c, name, shape)
     return tf.TensorData(t)
+
+
+cdef void check_sizes(Call* c, const char* name, const Shape* shape) noexcept nogil:
+    """Those of an empty tensor may be anything; here their products stay within an int64."""
+    cdef char text[400]
+    cdef char dims[200]
+    if ok(c) and elements(shape.dim, shape.rank) < 0:
+        snprintf(text, sizeof(text), "%s must have sizes that are not negative and multiply, but "
+                 "for zeros, to less than 2**61; got shape %s", name,
+                 dfp_shape_text(shape.rank, shape.dim, dims, sizeof(dims)))
+        fail(c, text)
 
 
 cdef void get_exponents(Call* c, int i, const char* name, int64_t rows,
@@ -127,7 +139,8 @@ cdef int32_t no_exponent
 
 
 cdef inline int64_t elements(const int64_t* dim, int rank) noexcept nogil:
-    """The number of elements, or -1 if a dimension is negative or there are 2**61 or more."""
+    """The number of elements, or -1 if a dimension is negative or those that are not zero multiply
+    to 2**61 or more: so the product of any of them is safe."""
     cdef int64_t n = 1
     cdef bint empty = False
     cdef int i
@@ -136,9 +149,8 @@ cdef inline int64_t elements(const int64_t* dim, int rank) noexcept nogil:
             return -1
         if dim[i] == 0:
             empty = True
-        elif n > (<int64_t>1 << 61) // dim[i]:
-            n = -1
-            break
+        elif n > ((<int64_t>1 << 61) - 1) // dim[i]:
+            return -1
         else:
             n *= dim[i]
     return 0 if empty else n
@@ -155,7 +167,7 @@ cdef void* set_output(Call* c, int i, int dtype, const int64_t* dim, int rank) n
     if not ok(c):
         return NULL
     if n < 0:
-        snprintf(text, sizeof(text), "the result would have shape %s, which no tensor can have",
+        snprintf(text, sizeof(text), "the result would have shape %s, larger than is supported",
                  dfp_shape_text(rank, dim, dims, sizeof(dims)))
         fail(c, text)
         return NULL

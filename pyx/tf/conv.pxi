@@ -215,9 +215,7 @@ cdef void sizes_input(Call* c, int i, const char* name, Shape* out) noexcept nog
         out.rank = <int>shape.dim[0]
         for d in range(out.rank):
             out.dim[d] = data[d]
-            if data[d] < 0:
-                snprintf(text, sizeof(text), "%s must not be negative", name)
-                fail(c, text)
+        check_sizes(c, name, out)
 
 
 cdef void image_exponents(Call* c, const Conv* v, Pass which, const Operand* a,

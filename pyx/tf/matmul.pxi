@@ -62,6 +62,7 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
     cdef Shape b
     cdef Shape y
     cdef int i
+    cdef int64_t n = 0
     cdef Operand ea, eb
     cdef char* scratch
     cdef char* room = NULL
@@ -91,13 +92,15 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
     matrix_exponents(&c, 4, "b_exponent", &b, g.batch, &eb)
     if t.bias:
         g.c.bias = <const float*>sized_input(&c, 6, "bias", g.n)
-    if ok(&c) and (ea.count > 1 or eb.count > 1):
-        room = get_scratch(&c, exponent_bytes(g.batch, g.k))
     if ok(&c):
+        n = elements(y.dim, y.rank)
+    if n and (ea.count > 1 or eb.count > 1):
+        room = get_scratch(&c, exponent_bytes(g.batch, g.k))
+    if ok(&c) and n:
         resolve_exponents(&g.exponents, g.batch, &ea, g.m, t.transpose_a, &eb, g.n,
                           not t.transpose_b, g.k, t.b_bits, room)
         if g.exponents.all == NAN_EXPONENT:
-            fill_nan(g.c.data, elements(y.dim, y.rank))
+            fill_nan(g.c.data, n)
         else:
             g.a_bits, g.b_bits, g.spill = t.a_bits, t.b_bits + g.exponents.shifts.more, t.spill
             matmul_plan(&g, t.transpose_a, t.transpose_b)
