@@ -9,7 +9,7 @@ TEST ?= -m "not slow"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow race-check lint format build clean distclean
+.PHONY: help train test test-slow race-check sanitize lint format build clean distclean
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -31,6 +31,9 @@ test-slow: build/dev.stamp build/native.stamp  ## Run the tests marked slow
 
 race-check: build/dev.stamp  ## Look for data races (needs clang and its OpenMP)
 	$(BIN)/python tests/race_check.py
+
+sanitize: build/dev.stamp  ## Look for memory and arithmetic errors (needs clang)
+	$(BIN)/python tests/sanitize.py
 
 lint: build/dev.stamp  ## Check style: ruff, cython-lint
 	$(BIN)/ruff check .

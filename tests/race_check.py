@@ -1,27 +1,22 @@
 """Looks for data races in the kernels with ThreadSanitizer: `make race-check`, a few minutes.
 
 ThreadSanitizer does not understand GCC's OpenMP; it does LLVM's, which tells it through Archer what
-a parallel region orders. So clang builds the extension and a Python with ThreadSanitizer inside,
-in build/race, and that Python runs real ops on several threads. Nothing but the extension is
-instrumented, and nothing else is reported.
+a parallel region orders. So clang builds the extension and a Python with ThreadSanitizer inside
+(sanitizers.py), and that Python runs real ops on several threads. Nothing but the extension is
+instrumented, and nothing else is reported. What it cannot see is how TensorFlow hands memory on
+from op to op: pyx/tf/call.pxi says so where ops take and give it.
 """
 
-import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / "build" / "race"
-SANITIZE = ["-fsanitize=thread", "-g", "-O1"]
+import sanitizers
+
+BUILD = sanitizers.folder("race")
+FLAGS = ["-fsanitize=thread", "-g", "-O1", "-Wno-pass-failed"]
 FOUND = 66  # what a process with a race exits with
 
-# Py_BytesMain is all there is to `python`; linked here, it starts with ThreadSanitizer in place.
-PYTHON_C = """
-int Py_BytesMain(int, char **);
-int main(int argc, char **argv) { return Py_BytesMain(argc, argv); }
-"""
 # What must be reported, and what must not.
 RACE_C = """
 int main(void) {
@@ -36,22 +31,15 @@ int main(void) {
 """
 
 
-def clang(*arguments):
-    return subprocess.run(
-        ["clang", *arguments], check=True, text=True, stdout=subprocess.PIPE
-    ).stdout.strip()
-
-
 def environment():
     # <lib>/clang/<version>, beside LLVM's other libraries.
-    archer = Path(clang("-print-resource-dir")).parents[1] / "libarcher.so"
+    archer = Path(sanitizers.clang("-print-resource-dir")).parents[1] / "libarcher.so"
     if not archer.is_file():
         sys.exit("race-check needs Archer, part of LLVM's OpenMP. Debian: apt install libomp-dev")
     return {
-        **os.environ,
+        **sanitizers.environment(BUILD),
         "OMP_TOOL_LIBRARIES": str(archer),
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
-        "PYTHONPATH": os.pathsep.join([str(BUILD / "lib"), str(HERE), *sys.path[1:]]),
     }
 
 
@@ -59,35 +47,11 @@ def check_the_tools(env):
     for name, critical, expected in [("race", "", FOUND), ("none", "#pragma omp critical", 0)]:
         source = BUILD / f"{name}.c"
         source.write_text(RACE_C % critical)
-        clang(*SANITIZE, "-fopenmp", str(source), "-o", str(BUILD / name))
+        sanitizers.clang(*FLAGS, "-fopenmp", str(source), "-o", str(BUILD / name))
         code = subprocess.run([BUILD / name], env=env, stderr=subprocess.DEVNULL).returncode
         if code != expected:
             sys.exit(f"race-check: ThreadSanitizer and Archer exit with {code} on {source}, "
                      f"which should be {expected}: their result could not be trusted.")  # fmt: skip
-
-
-def build():
-    (BUILD / "python.c").write_text(PYTHON_C)
-    libraries = sysconfig.get_config_var("LIBDIR")
-    clang(
-        *SANITIZE,
-        str(BUILD / "python.c"),
-        *("-o", str(BUILD / "python"), f"-L{libraries}", f"-Wl,-rpath,{libraries}"),
-        f"-lpython{sysconfig.get_python_version()}",
-        *(sysconfig.get_config_var("LINKFORSHARED") or "").split(),
-    )
-    command = [sys.executable, "setup.py", "--quiet", "build"]
-    subprocess.run(
-        [*command, "--build-lib", BUILD / "lib", "--build-temp", BUILD / "temp"],
-        cwd=HERE.parent,
-        env={
-            **os.environ,
-            "CC": "clang",
-            "LDSHARED": "clang -shared",
-            "CFLAGS": " ".join(SANITIZE),
-        },
-        check=True,
-    )
 
 
 def work():
@@ -102,7 +66,7 @@ def work():
     from keras_dfp import reference
     from keras_dfp.native import extension, lib
 
-    assert Path(extension.__file__).is_relative_to(BUILD), extension.__file__
+    sanitizers.check_build(BUILD)
     for i in range(150):
         test_generated.check(i)
     for i, line in enumerate(test_networks.CONVOLUTIONS[::12]):
@@ -136,10 +100,9 @@ def work():
 
 
 def main():
-    BUILD.mkdir(parents=True, exist_ok=True)
     env = environment()
     check_the_tools(env)
-    build()
+    sanitizers.build(BUILD, FLAGS)
     code = subprocess.run([BUILD / "python", __file__, "work"], cwd=BUILD, env=env).returncode
     if code:
         found = "there are races" if code == FOUND else f"its Python exited with {code}"

@@ -36,16 +36,40 @@ cdef extern from *:
     """
     const char* dfp_shape_text(int rank, const int64_t* dim, char* out, size_t size) noexcept nogil
 
+cdef extern from *:
+    """
+    /* TensorFlow's allocators hand memory on from an op to the next, on whatever thread, under
+       locks that ThreadSanitizer does not see. All that an op did happens before what another one
+       does with memory that it gets after that. */
+    #if defined(__has_feature)
+    #if __has_feature(thread_sanitizer)
+    void __tsan_acquire(void *);
+    void __tsan_release(void *);
+    static char dfp_memory;
+    #define DFP_TAKE_OVER() __tsan_acquire(&dfp_memory)
+    #define DFP_HAND_ON() __tsan_release(&dfp_memory)
+    #endif
+    #endif
+    #ifndef DFP_HAND_ON
+    #define DFP_TAKE_OVER() ((void)0)
+    #define DFP_HAND_ON() ((void)0)
+    #endif
+    """
+    void take_over "DFP_TAKE_OVER"() noexcept nogil
+    void hand_on "DFP_HAND_ON"() noexcept nogil
+
 
 cdef void open_call(Call* c, const char* op, TF_OpKernelContext* context) noexcept nogil:
     c.op, c.context, c.status = op, context, tf.NewStatus()
     c.held_count, c.failed, c.env = 0, False, dfp_float_default()
+    take_over()
 
 
 cdef void close_call(Call* c) noexcept nogil:
     cdef int i
     if c.failed or tf.GetCode(c.status) != TF_OK:
         tf.OpKernelContext_Failure(c.context, c.status)
+    hand_on()
     for i in range(c.held_count):
         tf.DeleteTensor(c.held[i])
     tf.DeleteStatus(c.status)
@@ -173,6 +197,7 @@ cdef void* set_output(Call* c, int i, int dtype, const int64_t* dim, int rank) n
         return NULL
     cdef TF_Tensor* t = hold(
         c, tf.AllocateOutput(c.context, i, dtype, dim, rank, n * size_of(dtype), c.status))
+    take_over()
     return tf.TensorData(t) if t != NULL else NULL
 
 
@@ -207,7 +232,15 @@ cdef char* get_scratch(Call* c, int64_t bytes) noexcept nogil:
     where.struct_size = sizeof(TF_AllocatorAttributes)
     where.on_host = 1
     t = hold(c, tf.AllocateTemp(c.context, TF_UINT8, &bytes, 1, &where, c.status))
+    take_over()
     return <char*>tf.TensorData(t) if t != NULL else NULL
+
+
+cdef void give_back_scratch(Call* c) noexcept nogil:
+    """Gives back the last that was got, before the op ends."""
+    hand_on()
+    c.held_count -= 1
+    tf.DeleteTensor(c.held[c.held_count])
 
 
 # ---- attributes ----------------------------------------------------------------------------------

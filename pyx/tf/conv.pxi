@@ -270,8 +270,7 @@ cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* 
                     if not ok(c):
                         return
                     gemm_run(&g, scratch)
-                    tf.DeleteTensor(c.held[c.held_count - 1])
-                    c.held_count -= 1
+                    give_back_scratch(c)
     else:
         if which == FORWARD:
             forward_plan(v, &g, a, b, out)
