@@ -28,14 +28,13 @@ import tensorflow as tf
 
 from keras_dfp.native import Matmul
 from keras_dfp.number import DFPFormat
+from keras_dfp.operand import Size, reshape
 from keras_dfp.product import (
-    Size,
     View,
     attributes,
     check_size,
     has_groups,
     multiply,
-    reshape,
     sizes,
     total,
 )

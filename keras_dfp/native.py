@@ -5,9 +5,9 @@ an op library, and is an ordinary Python module besides; TensorFlow must see it 
 `import keras_dfp.native`, `lib.dfp_conv` and its kin are the raw ops and `extension` the module.
 
 Between ops a tensor travels as an `Operand`: int16 mantissas and int32 exponents, which carry no
-gradient in TensorFlow, and a token, which does. A token is an empty float32 tensor whose gradient
-is the full float32 gradient of the tensor that was quantised: kernels never read it, and it keeps
-nothing alive.
+gradient in TensorFlow, and a token, which does. A token is a float32 tensor of the shape of the
+mantissas, for whose gradient the tensor that was quantised is told: kernels never read it, and it
+takes no memory, for all tokens are the same zeros.
 
 A `Product` is one native op: it is linear in each of its two factors, so the gradient of a product
 is two other products. That closes the family, and gradients of any order exist (rounding counts as
@@ -196,7 +196,7 @@ class Factor:
             q, exponent = quantize(
                 dy, bits, rounding, tensor_id=2, group_axes=group_axes, fused=fused
             )
-            return Operand(q, exponent, lib.dfp_token(x=dy, shape=[]))
+            return Operand(q, exponent, lib.dfp_token(x=dy, q=q, shape=[]))
 
         return cls(dy, lambda: dy, operand)
 
@@ -271,7 +271,7 @@ class Product:
 
         @tf.RegisterGradient(op_type)
         def gradient(op, dy, *_):
-            factors = [Factor.saved(_here(Operand(*op.inputs[i : i + 3]))) for i in (first, second)]
+            factors = [Factor.saved(Operand(*op.inputs[i : i + 3])) for i in (first, second)]
             tokens = [first + 2, second + 2]
             # Only the eager tape says which gradients nobody reads; a graph prunes them.
             skipped = getattr(op, "skip_input_indices", None) or ()
@@ -288,28 +288,6 @@ class Product:
 def channel_sums(dy) -> tf.Tensor:
     """Returns the sums over all axes but the last, the gradient of a bias."""
     return lib.dfp_normalize_sums(parts=[dy], mask_map=[], mask_bits=[], norm=[]).doffset
-
-
-def _here(operand: Operand) -> Operand:
-    """Returns an operand of the forward pass for use in the graph of its gradient.
-
-    The gradient of a function, a loop or a branch is a graph of its own. A token must not enter
-    it: TensorFlow would seed the token's gradient with zeros of the token's own, empty, shape. A
-    constant takes its place, so first-order gradients work and higher ones say why they do not.
-    """
-    token = operand.token
-    if tf.executing_eagerly():
-        return operand
-    graph = getattr(token, "graph", None)
-    if graph is not None and token.op.type == "Const":
-        raise NotImplementedError(
-            f"keras_dfp: the gradient of a gradient (here of {token.consumers()[0].type}) is not "
-            "available across the boundary of a tf.function, tf.while_loop or tf.cond. Put all "
-            "tapes inside one tf.function or run eagerly; or use a float32 policy there."
-        )
-    if graph is not tf.compat.v1.get_default_graph():
-        return operand._replace(token=tf.constant([], tf.float32))
-    return operand
 
 
 def _attrs(op, names) -> dict:
@@ -473,12 +451,10 @@ def _token_gradient(op, dtoken):
 
     The shape of x is not asked of x itself, which need not be there.
     """
-    x, *shape = op.inputs
+    x, _, *shape = op.inputs
     perm = list(op.get_attr("perm"))
+    if shape:
+        dtoken = tf.reshape(dtoken, tf.gather(shape[0], perm) if perm else shape[0])
     if perm:
-        if shape:
-            dtoken = tf.reshape(dtoken, tf.gather(shape[0], perm))
         dtoken = tf.transpose(dtoken, sorted(range(len(perm)), key=perm.__getitem__))
-    elif shape:
-        dtoken = tf.reshape(dtoken, shape[0])
-    return dtoken, *[None] * len(shape)
+    return dtoken, *[None] * (1 + len(shape))

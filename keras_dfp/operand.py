@@ -5,8 +5,8 @@ that all its consumers share them. They are computed in the graph the tensor bel
 graphs of loops and branches inside it capture them. A function does not: it is traced once and
 called from many graphs. Eagerly nothing is remembered, or the mantissas would live, and the noise
 of stochastic rounding would stay the same, as long as the tensor does. A token, which only exists
-to carry a gradient, is made anew for every consumer: it has to be in the consumer's own graph
-(TensorFlow cannot carry it across), and under the gradient tape that is recording then.
+to carry a gradient, is made anew for every consumer, under the gradient tape that is recording
+then.
 
 A variable is read and quantised where it is used, because its value may change between two uses;
 in the steps of a loop (`loop_step`) once, unless they assign to it.
@@ -32,6 +32,9 @@ from keras_dfp import native
 from keras_dfp.native import Operand
 from keras_dfp.number import DFPFormat
 
+# A size is an int where it is known while tracing, else a scalar int32 tensor.
+Size = int | tf.Tensor
+
 _local = threading.local()
 
 
@@ -44,7 +47,7 @@ def operand(
     expand: Callable | None = None,
     group_axes: int = 0,
     arrange: Callable | None = None,
-    reshaped: bool = True,
+    shape: Sequence[Size] | None = None,
 ) -> Operand:
     """Quantises a tensor, or finds it quantised, and gives it a token.
 
@@ -57,11 +60,10 @@ def operand(
             before `perm`.
         group_axes: How many leading axes of `x` have an exponent for each of their indices.
         arrange: A function that brings these exponents into the order of the rows after `perm`.
-        reshaped: Whether the mantissas will be reshaped.
+        shape: Reshapes the mantissas, after `perm`; None for not at all.
 
     Returns:
-        The operand. The token takes a gradient of the shape of the mantissas or, if they are
-        `reshaped`, of any shape with as many elements.
+        The operand.
     """
     value = tf.convert_to_tensor(x)
     q, exponent = _quantized(x, value, fmt, tensor_id, group_axes)
@@ -73,10 +75,21 @@ def operand(
     note = getattr(_local, "note", None)
     if note is not None and _is_activation(x):
         note(Quantized(source, mantissas, q, tuple(perm), fmt.fused))
-    shape = [tf.shape(q)] if reshaped else []
+    own_shape = [] if shape is None else [tf.shape(q)]
     if perm:
         q = native.transpose(q, perm)
-    return Operand(q, exponent, native.lib.dfp_token(x=value, shape=shape, perm=list(perm)))
+    if shape is not None:
+        q = reshape(q, shape)
+    token = native.lib.dfp_token(x=value, q=q, shape=own_shape, perm=list(perm))
+    return Operand(q, exponent, token)
+
+
+def reshape(x, shape: Sequence[Size]):
+    """Reshapes, keeping as much of the static shape as TensorFlow can know."""
+    unknown = [i for i, n in enumerate(shape) if not isinstance(n, int)]
+    if len(unknown) == 1 and 0 not in shape[: unknown[0]] + shape[unknown[0] + 1 :]:
+        shape = [-1 if i == unknown[0] else n for i, n in enumerate(shape)]
+    return tf.reshape(x, shape)
 
 
 class Quantized(NamedTuple):

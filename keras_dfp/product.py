@@ -14,10 +14,8 @@ from tensorflow.python.ops import control_flow_util
 from keras_dfp import native
 from keras_dfp.native import Factor, Operand, Product
 from keras_dfp.number import DFPFormat
+from keras_dfp.operand import Size, reshape
 from keras_dfp.operand import operand as make_operand
-
-# A size is an int where it is known while tracing, else a scalar int32 tensor.
-Size = int | tf.Tensor
 
 
 def as_float32(op: str, argument: str, x):
@@ -58,14 +56,6 @@ def total(group: Sequence[Size]) -> Size:
     if 0 in [n for n in group if isinstance(n, int)]:
         return 0
     return functools.reduce(operator.mul, group) if group else 1
-
-
-def reshape(x, shape: Sequence[Size]):
-    """Reshapes, keeping as much of the static shape as TensorFlow can know."""
-    unknown = [i for i, n in enumerate(shape) if not isinstance(n, int)]
-    if len(unknown) == 1 and 0 not in shape[: unknown[0]] + shape[unknown[0] + 1 :]:
-        shape = [-1 if i == unknown[0] else n for i, n in enumerate(shape)]
-    return tf.reshape(x, shape)
 
 
 def check_size(op: str, shape: Sequence[Size], of: str):
@@ -109,7 +99,7 @@ class View:
         self.arrange = arrange
 
     def operand(self, fmt: DFPFormat) -> Operand:
-        result = make_operand(
+        return make_operand(
             self.x,
             fmt,
             self.perm,
@@ -117,11 +107,8 @@ class View:
             expand=self.expand,
             group_axes=self.group_axes,
             arrange=self.arrange,
-            reshaped=self.shape is not None,
+            shape=self.shape,
         )
-        if self.shape is None:
-            return result
-        return result._replace(q=reshape(result.q, self.shape))
 
     def float32(self) -> tf.Tensor:
         x = tf.convert_to_tensor(self.x)

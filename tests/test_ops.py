@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import itertools
 import os
+import resource
 import weakref
 from typing import NamedTuple
 
@@ -734,7 +735,7 @@ def in_while_loop(function):
 
 
 def in_cond(function):
-    return lambda x, w: tf.cond(x[0, 0] < 1e9, lambda: function(x, w), lambda: function(x, -w))
+    return lambda x, w: tf.cond(tf.norm(x) < 1e9, lambda: function(x, w), lambda: function(x, -w))
 
 
 def under(format_, function):
@@ -839,10 +840,11 @@ def run_in_graph(function, a, b, dy):
     return y, tape.gradient(y, [a, b], output_gradients=tf.constant(dy))
 
 
-def second_order(function, x, w):
+def second_order(function, x, w, inner=lambda f: f):
+    gradients = inner(lambda x, w: squares(function, x, w))
     with tf.GradientTape() as tape:
         tape.watch([x, w])
-        total = sum(tf.reduce_sum(tf.square(g)) for g in squares(function, x, w))
+        total = sum(tf.reduce_sum(tf.square(g)) for g in gradients(x, w))
     return tape.gradient(total, [x, w])
 
 
@@ -876,10 +878,83 @@ def test_a_gather_of_rows_is_differentiable(mode):
     assert np.all(dx[0] == 0) and np.any(dx[1] != 0) and np.any(dw != 0)
 
 
-def test_second_order_gradients_across_a_function_are_refused():
-    x, w = tf.constant(random(5, 6)), tf.constant(random(6, 4, seed=1))
-    with pytest.raises(NotImplementedError, match="gradient of a gradient"):
-        second_order(tf.function(ops.matmul), x, w)
+BOUNDARIES = {
+    "function": lambda f: lambda x, w: second_order(tf.function(f), x, w),
+    "gradient in a function": lambda f: lambda x, w: second_order(f, x, w, inner=tf.function),
+    "while_loop": lambda f: tf.function(lambda x, w: second_order(in_while_loop(f), x, w)),
+    "cond": lambda f: tf.function(lambda x, w: second_order(in_cond(f), x, w)),
+}
+
+
+@pytest.mark.parametrize("call", ["matmul", "grouped"])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_second_order_gradients_pass_boundaries(boundary, call):
+    function, a_shape, b_shape = CALLS[call]
+    x, w = tf.constant(random(*a_shape)), tf.constant(random(*b_shape, seed=1))
+    expected = second_order(function, x, w)
+    for actual, exact in zip(BOUNDARIES[boundary](function)(x, w), expected, strict=True):
+        np.testing.assert_allclose(actual, exact, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("call", "mode"), [("matmul", "eager"), ("depthwise", "graph")])
+def test_loops_that_tensorflow_makes(call, mode):
+    """Each sample has exponents of its own: a call for all gives what a call for each does."""
+    function, a_shape, b_shape = CALLS[call]
+    x, w = tf.constant(random(*a_shape)), tf.constant(random(*b_shape, seed=1))
+
+    def of_each(x, w):
+        return tf.vectorized_map(lambda sample: function(sample[None], w)[0], x)
+
+    def total_of_jacobian(function):
+        def total(x, w):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = function(x, w)
+            return tape.batch_jacobian(y, x)
+
+        return total
+
+    def compare(x, w):
+        y, gradients = of_each(x, w), squares(of_each, x, w)
+        return y, gradients, squares(total_of_jacobian(function), x, w)[1]
+
+    y, gradients, jacobian = (tf.function(compare) if mode == "graph" else compare)(x, w)
+    same_bits(y, function(x, w))
+    for actual, exact in zip(gradients, squares(function, x, w), strict=True):
+        np.testing.assert_allclose(actual, exact, atol=2e-3 * np.abs(exact).max())
+
+    # The Jacobian is what the function makes of each unit vector.
+    units = tf.reshape(tf.eye(int(np.prod(a_shape[1:]))), [-1, *a_shape[1:]])
+    exact = a_shape[0] * squares(function, units, w)[1]
+    np.testing.assert_allclose(jacobian, exact, atol=2e-3 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("call", "mode"), [("matmul", "graph"), ("conv", "eager")])
+def test_forward_mode(call, mode):
+    function, a_shape, b_shape = CALLS[call]
+    x, w = tf.constant(random(*a_shape)), tf.constant(random(*b_shape, seed=1))
+    tangent = tf.constant(random(*b_shape, seed=2))
+
+    def jvp(x, w):
+        with tf.autodiff.ForwardAccumulator(w, tangent) as accumulator:
+            y = function(x, w)
+        return accumulator.jvp(y)
+
+    actual = (tf.function(jvp) if mode == "graph" else jvp)(x, w)
+    expected = function(x, tangent)
+    np.testing.assert_allclose(actual, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_a_token_takes_no_memory():
+    def resident():
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+
+    q = tf.zeros([2**22], tf.int16)
+    before = resident()
+    tokens = [native.lib.dfp_token(x=tf.zeros([0]), q=q, shape=[]) for _ in range(64)]
+    assert resident() - before < 2**24  # of 2**30 bytes
+    assert tokens[-1].shape == [2**22] and not np.any(tokens[-1])
 
 
 # ---- one currency --------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ ctypedef void (*shape_fn)(TF_ShapeInferenceContext*, TF_Status*) noexcept nogil
 ctypedef void* (*create_fn)(TF_OpKernelConstruction*) noexcept nogil
 ctypedef void (*compute_fn)(void*, TF_OpKernelContext*) noexcept nogil
 ctypedef void (*delete_fn)(void*) noexcept nogil
+ctypedef void (*deallocate_fn)(void*, size_t, void*) noexcept nogil
 
 # Member names are the functions' names without "TF_"; `api_names` lists them in the same order.
 cdef struct TFApi:
@@ -88,6 +89,9 @@ cdef struct TFApi:
     void (*GetInput)(TF_OpKernelContext*, int, TF_Tensor**, TF_Status*) noexcept nogil
     TF_Tensor* (*AllocateOutput)(
         TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*) noexcept nogil
+    TF_Tensor* (*NewTensor)(
+        int, const int64_t*, int, void*, size_t, deallocate_fn, void*) noexcept nogil
+    void (*SetOutput)(TF_OpKernelContext*, int, const TF_Tensor*, TF_Status*) noexcept nogil
     TF_Tensor* (*AllocateTemp)(
         TF_OpKernelContext*, int, const int64_t*, int, TF_AllocatorAttributes*,
         TF_Status*) noexcept nogil
@@ -126,7 +130,8 @@ cdef extern from *:
         "TF_ShapeInferenceContextSubshape", "TF_ShapeInferenceContextConcatenateShapes",
 
         "TF_NewKernelBuilder", "TF_RegisterKernelBuilder", "TF_NumInputs", "TF_GetInput",
-        "TF_AllocateOutput", "TF_AllocateTemp", "TF_OpKernelContext_Failure",
+        "TF_AllocateOutput", "TF_NewTensor", "TF_SetOutput", "TF_AllocateTemp",
+        "TF_OpKernelContext_Failure",
         "TF_OpKernelConstruction_Failure", "TF_OpKernelConstruction_GetAttrSize",
         "TF_OpKernelConstruction_GetAttrBool", "TF_OpKernelConstruction_GetAttrFloat",
         "TF_OpKernelConstruction_GetAttrInt64",

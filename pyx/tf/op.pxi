@@ -69,13 +69,6 @@ cdef void same_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
     tf.DeleteShapeHandle(x)
 
 
-cdef void unknown_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    """Of a token, whose gradient has the shape of the tensor it stands for."""
-    cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
-    tf.ShapeInferenceContextSetOutput(c, 0, unknown, st)
-    tf.DeleteShapeHandle(unknown)
-
-
 cdef void rank_of(TF_ShapeInferenceContext* c, int input, TF_Status* st) noexcept nogil:
     """Only the rank of a gradient is known here: its shape is the value of a tensor."""
     cdef TF_ShapeHandle* like = tf.NewShapeHandle()

@@ -5,9 +5,8 @@ cdef void register_quantize(TF_Status* st) noexcept nogil:
         "DfpQuantize", QUANTIZE_SIGNATURE, quantize_shape, quantize_create, quantize_compute, st)
     register_op("DfpDequantize", "q: int16; e: int32; token: float -> y: float", same_shape, NULL,
                 dequantize_compute, st)
-    register_op("DfpToken", "x: float; shape: n_shape * int32 -> token: float | "
-                "perm: list(int) = []; n_shape: int >= 0 = 0", unknown_shape, NULL, token_compute,
-                st)
+    register_op("DfpToken", "x: float; q: int16; shape: n_shape * int32 -> token: float | "
+                "perm: list(int) = []; n_shape: int >= 0 = 0", token_shape, NULL, token_compute, st)
 
 
 cdef extern from *:
@@ -148,9 +147,62 @@ cdef void dequantize_compute(void* attrs, TF_OpKernelContext* context) noexcept 
     close_call(&c)
 
 
+# ---- tokens --------------------------------------------------------------------------------------
+
+cdef extern from *:
+    """
+    #include <sys/mman.h>
+
+    static void *dfp_zero_pages[64];
+
+    /* Read-only zeros, at least `bytes` of them, that take up addresses and no memory: the system
+       maps them all to one page. They stay, for the next who asks. NULL if addresses ran out. */
+    static void *dfp_zeros(size_t bytes) {
+        int k = 16;
+        while (k < 62 && ((size_t)1 << k) < bytes) k++;
+        void *known = __atomic_load_n(&dfp_zero_pages[k], __ATOMIC_ACQUIRE);
+        if (known) return known;
+        void *made = mmap(NULL, (size_t)1 << k, PROT_READ,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (made == MAP_FAILED) return NULL;
+        if (__atomic_compare_exchange_n(&dfp_zero_pages[k], &known, made, 0, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_ACQUIRE))
+            return made;
+        munmap(made, (size_t)1 << k);
+        return known;
+    }
+    """
+    void* dfp_zeros(size_t bytes) noexcept nogil
+
+
+cdef void keep(void* data, size_t size, void* argument) noexcept nogil:
+    """Frees nothing."""
+
+
+cdef void token_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
+    cdef TF_ShapeHandle* q = tf.NewShapeHandle()
+    tf.ShapeInferenceContextGetInput(c, 1, q, st)
+    tf.ShapeInferenceContextSetOutput(c, 0, q, st)
+    tf.DeleteShapeHandle(q)
+
+
 cdef void token_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
+    """Zeros of the shape of q. TensorFlow writes into no memory that an op has not allocated."""
     cdef Call c
-    cdef int64_t none = 0
+    cdef Shape shape
+    cdef TF_Tensor* token
+    cdef void* zeros
+    cdef int64_t bytes
     open_call(&c, "DfpToken", context)
-    set_output(&c, 0, TF_FLOAT, &none, 1)
+    get_input(&c, 1, "q", &shape)
+    if ok(&c):
+        bytes = elements(shape.dim, shape.rank) * size_of(TF_FLOAT)
+        zeros = dfp_zeros(bytes)
+        if zeros == NULL:
+            fail(&c, "the process may not have as many addresses as its tensors need (ulimit -v)")
+        else:
+            token = hold(&c, tf.NewTensor(
+                TF_FLOAT, shape.dim, shape.rank, zeros, bytes, keep, NULL))
+            if token != NULL:
+                tf.SetOutput(context, 0, token, c.status)
     close_call(&c)
