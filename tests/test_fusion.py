@@ -914,6 +914,31 @@ def test_a_sum_of_vectors_is_left_alone():
 # ---- Keras's own loops, saving -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("single", [0, 1])
+def test_a_sum_repeats_a_single_sample(single):
+    """Of two inputs, each of any number of samples, one has a single sample."""
+    inputs = [keras.Input((4, 4, 8)) for _ in range(2)]
+    results = []
+    for fused in (True, False):
+        keras.utils.set_random_seed(0)
+        with keras_dfp.policy_scope(DFPPolicy(fused=fused)):
+            sides = [layers.BatchNormalization()(layers.Conv2D(8, 1)(x)) for x in inputs]
+            y = layers.Conv2D(2, 1)(layers.ReLU()(layers.Add()(sides)))
+        model = keras.Model(inputs, y)
+
+        @tf.function(input_signature=[[tf.TensorSpec([None, 4, 4, 8])] * 2])
+        def step(x, model=model):
+            with tf.GradientTape() as tape:
+                y = model(x, training=True)
+                loss = tf.reduce_sum(tf.square(y))
+            return y, tape.gradient(loss, model.trainable_variables)
+
+        x = [images((1 if i == single else 3, 4, 4, 8)) for i in range(2)]
+        results.append(tf.nest.flatten(step(x)))
+    for actual, expected in zip(*results, strict=True):
+        assert_same(actual, expected.numpy())
+
+
 def test_fit_evaluate_predict():
     def run(fused, **kwargs):
         model = built(functional(post_activation), fused=fused)

@@ -127,7 +127,46 @@ def _is_residual(x, y) -> bool:
         and x.shape[1:].is_fully_defined()
         and y.shape.rank is not None
         and x.shape.as_list() == y.shape.as_list()
+        and (x.shape[0] is not None or len(_batches(x) | _batches(y)) == 1)
     )
+
+
+def _batches(tensor) -> frozenset[int]:
+    """Returns the inputs of unknown batch size that a tensor of a graph is computed from.
+
+    Two tensors of one input have its samples. Of two inputs, one may be a single sample, which the
+    sum repeats.
+    """
+    stack = [tensor]
+    while stack:
+        top = stack[-1]
+        if not hasattr(top, "_dfp_batches"):
+            before = _read(top)
+            missing = [t for t in before if not hasattr(t, "_dfp_batches")]
+            if missing:
+                stack += missing
+                continue
+            found = frozenset().union(*(t._dfp_batches for t in before))
+            if not before and top.shape.rank and top.shape[0] is None:
+                found = frozenset([id(top)])
+            top._dfp_batches = found
+        stack.pop()
+    return tensor._dfp_batches
+
+
+def _read(tensor) -> list[tf.Tensor]:
+    """Returns what a tensor is computed from; of one that a graph captured, what it stands for."""
+    op = tensor.op
+    if op.type == "Placeholder":
+        captures = getattr(tensor.graph, "captures", ())
+        return [
+            outer
+            for outer, inner in captures
+            if inner is tensor and not isinstance(outer, tf.__internal__.EagerTensor)
+        ]
+    if op.type in ("Shape", "ShapeN", "Size", "Rank"):
+        return []
+    return list(op.inputs)
 
 
 @replaces(atomic_function, "from_func_graph", "name graph ...")
