@@ -12,6 +12,7 @@ from keras.src.layers.convolutional.base_conv import BaseConv
 from keras.src.layers.convolutional.base_conv_transpose import BaseConvTranspose
 from keras.src.layers.convolutional.base_depthwise_conv import BaseDepthwiseConv
 from keras.src.layers.convolutional.base_separable_conv import BaseSeparableConv
+from keras.src.models import cloning
 from keras.src.models.functional import Functional
 from keras.src.trainers.trainer import Trainer
 
@@ -133,6 +134,23 @@ def _settle(model) -> None:
         # changes.
         model.jit_compile = False
         model.jit_compile = True
+
+
+@replaces(cloning, "_clone_functional_model", "model clone_function input_tensors ...")
+def _clone_functional_policy(original):
+    """Gives a clone the policy of the model itself: its `keras.ops` nodes multiply under it."""
+
+    @functools.wraps(original)
+    def clone(model, *args, **kwargs):
+        new = original(model, *args, **kwargs)
+        if isinstance(model.dtype_policy, DFPPolicy) or isinstance(new.dtype_policy, DFPPolicy):
+            if new.dtype_policy != model.dtype_policy:
+                new.dtype_policy = model.dtype_policy
+                if new.compiled:
+                    _settle(new)
+        return new
+
+    return clone
 
 
 @replaces(Trainer, "compile")

@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import types
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from keras import dtype_policies
 from keras.src import dtype_policies as keras_policies
 from keras.src import models
 from keras.src.backend.common import global_state
+from keras.src.dtype_policies import dtype_policy as keras_policy
 from keras.src.models import functional
 
 from keras_dfp import backend, ops
@@ -98,7 +100,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         if name not in NAMES:
             allowed = " or ".join(map(repr, NAMES))
             raise ValueError(f"The name of a DFPPolicy must be {allowed}; got {name!r}.")
-        self._name = name
+        self._own_name = name
         self.format = DFPFormat(
             mantissa_bits=mantissa_bits,
             rounding=rounding,
@@ -144,7 +146,15 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
 
     @property
     def name(self) -> str:
-        return self._name
+        return self._own_name
+
+    @property
+    def _name(self) -> str:
+        return self._own_name
+
+    @_name.setter
+    def _name(self, name):
+        """Keras's DTypePolicyMap unnames the policies that it holds, when it is saved."""
 
     def decide(self, layer: keras.layers.Layer) -> Decision:
         """Returns how the products of a layer that has this policy run, and why."""
@@ -324,6 +334,30 @@ def _new_by_name(original):
     return staticmethod(new)
 
 
+@replaces(keras_policy, "_get_quantized_dtype_policy_by_str", "policy")
+def _quantized_by_name(original):
+    """Lets a layer on integers be quantised by Keras as the float32 layer it is otherwise."""
+
+    def by_name(policy):
+        mode, separator, source = str(policy).partition("_from_")
+        if source in NAMES:
+            policy = f"{mode}{separator}float32"
+        return original(policy)
+
+    return by_name
+
+
+@replaces(keras_policy.QuantizedDTypePolicy, "__init__", "self mode source_name")
+def _quantized_from_float32(original):
+    @functools.wraps(original)
+    def init(self, mode, source_name=None):
+        if source_name is None and isinstance(keras.config.dtype_policy(), DFPPolicy):
+            source_name = "float32"
+        original(self, mode, "float32" if source_name in NAMES else source_name)
+
+    return init
+
+
 @replaces(global_state, "threading")
 def _warn_when_the_policy_is_dropped(original):
     """Lets `clear_session` say that it drops a DFPPolicy: what follows would run in float32.
@@ -356,9 +390,20 @@ def _assign_dtype_policy(original):
 
     def assign(layer, policy):
         policy = dtype_policies.get(policy)
-        if isinstance(layer._dtype_policy, DFPPolicy) or isinstance(policy, DFPPolicy):
+        previous = layer._dtype_policy
+        if isinstance(policy, DFPPolicy) and getattr(layer, "_is_quantized", False):
+            raise ValueError(
+                f"keras_dfp: layer '{layer.path or layer.name}' is quantised "
+                f"({previous.name}), and its weights no longer float32: it cannot have the policy "
+                f"{policy!r}. Set that on the model before it is quantised."
+            )
+        if isinstance(previous, DFPPolicy) or isinstance(policy, DFPPolicy):
             layer._dtype_policy = keras.DTypePolicy("float32")
-        original.fset(layer, policy)
+        try:
+            original.fset(layer, policy)
+        except Exception:
+            layer._dtype_policy = previous
+            raise
 
     return property(original.fget, assign, doc=original.__doc__)
 
@@ -377,6 +422,30 @@ def _name_the_package(original):
         return config
 
     return serialize
+
+
+_owners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+@replaces(models.Functional, "__init__", "self inputs outputs name kwargs")
+def _share_functional_policy(original):
+    """Gives a model of another one's nodes that one's policy: `keras.ops` nodes have none."""
+
+    @functools.wraps(original)
+    def init(self, inputs, outputs, name=None, **kwargs):
+        original(self, inputs, outputs, name=name, **kwargs)
+        nodes = [op for op in self.operations if not isinstance(op, keras.layers.Layer)]
+        owners = [reference and reference() for reference in map(_owners.get, nodes)]
+        policies = [owner and owner.dtype_policy for owner in owners]
+        if nodes and None not in owners and all(policy == policies[0] for policy in policies):
+            if policies[0] != self.dtype_policy and (
+                isinstance(policies[0], DFPPolicy) or isinstance(self.dtype_policy, DFPPolicy)
+            ):
+                self.dtype_policy = policies[0]
+        for node in nodes:
+            _owners.setdefault(node, weakref.ref(self))
+
+    return init
 
 
 @replaces(models.Functional, "get_config", "self")
@@ -409,3 +478,39 @@ def _load_functional_policy(original):
         return model
 
     return functional_from_config
+
+
+_BUILT_UNDER = "keras_dfp_policy"
+
+
+@replaces(keras.layers.Layer, "get_build_config", "self")
+def _save_policy_of_building(original):
+    """Saves the policy of what a layer may have made in `build`: there it has no config."""
+
+    @functools.wraps(original)
+    def get_build_config(self):
+        config = original(self)
+        inner = [layer.dtype_policy for layer in self._flatten_layers(False, False)]
+        if config and inner and isinstance(inner[0], DFPPolicy):
+            if all(policy == inner[0] for policy in inner):
+                config = {**config, _BUILT_UNDER: keras_policies.serialize(inner[0])}
+        return config
+
+    return get_build_config
+
+
+@replaces(keras.layers.Layer, "build_from_config", "self config")
+@replaces(keras.Model, "build_from_config", "self config")
+def _build_under_saved_policy(original):
+    """Builds a loaded layer under the policy that it was built under."""
+
+    @functools.wraps(original)
+    def build_from_config(self, config):
+        policy = config.get(_BUILT_UNDER) if config else None
+        if policy is None:
+            return original(self, config)
+        config = {key: value for key, value in config.items() if key != _BUILT_UNDER}
+        with policy_scope(dtype_policies.get(policy)):
+            return original(self, config)
+
+    return build_from_config

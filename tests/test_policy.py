@@ -9,11 +9,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import dtype_policies, layers
+from keras import dtype_policies, layers, ops
 from keras.src.backend.common import global_state
 
 import keras_dfp
-from keras_dfp import DFPFormat, DFPPolicy
+from keras_dfp import DFPFormat, DFPPolicy, policy_scope
 from keras_dfp.model_policy import layers_in_order
 
 EVERY_OPTION = {
@@ -510,3 +510,70 @@ def test_layers_in_order_goes_depth_first():
     inner = keras.Sequential([layers.Dense(1, name="b"), layers.Dense(1, name="c")], name="inner")
     model = keras.Sequential([layers.Dense(1, name="a"), inner, layers.Dense(1, name="d")])
     assert [layer.name for layer in layers_in_order(model)][1:] == ["a", "inner", "b", "c", "d"]
+
+
+# ---- what Keras does to policies in place --------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_keras_quantises_a_model_as_the_float32_one_it_is(mode, tmp_path):
+    x = np.random.default_rng(0).standard_normal((16, 6)).astype(np.float32)
+    results = []
+    for policy in ("dfp16", "float32"):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu", dtype=policy)])
+        model.add(layers.EinsumDense("ab,bc->ac", 3, dtype=policy))
+        model.quantize(mode)
+        model.save(tmp_path / "model.keras")
+        results.append(keras.models.load_model(tmp_path / "model.keras")(x))
+        assert model.layers[0].dtype_policy.name == f"{mode}_from_float32"
+    np.testing.assert_array_equal(*results)
+    with pytest.raises(ValueError, match="is quantised"):
+        model.layers[0].dtype_policy = "dfp16"
+
+
+def test_a_policy_that_keras_refuses_leaves_the_layer_as_it_was():
+    layer = layers.Dense(4, dtype="dfp16")
+    layer.build((None, 6))
+    with pytest.raises(ValueError, match="GPTQ"):
+        layer.dtype_policy = "gptq/4/128_from_dfp16"
+    assert layer.dtype_policy == DFPPolicy()
+
+
+def test_saving_a_map_leaves_its_policies_as_they_were():
+    policies = keras.dtype_policies.DTypePolicyMap(policy_map={"dense": DFPPolicy("dfp16_paper")})
+    policies.get_config()
+    assert policies["dense"].get_config() == DFPPolicy("dfp16_paper").get_config()
+
+
+def test_clones_and_parts_of_a_model_keep_the_policy_of_its_operations():
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    with policy_scope(DFPPolicy(scope="all")):
+        a = keras.Input((6,))
+        h = layers.Dense(6)(a)
+        model = keras.Model(a, ops.matmul(h, ops.transpose(h)))
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    for other in (clone, keras.Model(a, model.output)):
+        np.testing.assert_array_equal(other(x), model(x))
+    assert keras.Model(a, ops.matmul(h, ops.relu(ops.transpose(h)))).dtype_policy.name == "float32"
+
+
+@keras.saving.register_keras_serializable("test_policy")
+class BuildsSublayers(layers.Layer):
+    def build(self, shape):
+        self.inner = layers.Dense(4)
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x)
+
+
+def test_layers_made_in_build_come_back_as_they_were(tmp_path):
+    for outer, inner in (("dfp16", "dfp16"), ("dfp16", "float32"), ("float32", "dfp16")):
+        layer = BuildsSublayers(dtype=outer)
+        with policy_scope(inner):
+            model = keras.Sequential([keras.Input((8,)), layer])
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert loaded.layers[0].inner.dtype_policy.name == inner
