@@ -14,7 +14,7 @@ import importlib.util as _importlib
 if _importlib.find_spec("tensorflow") is None:
     raise ImportError(
         "keras_dfp needs TensorFlow, which is not installed. Install it with "
-        "`pip install 'keras-dfp[cpu]'` (tensorflow-cpu) or `pip install 'keras-dfp[tensorflow]'`."
+        "`pip install tensorflow-cpu` or `pip install tensorflow`."
     )
 
 import keras as _keras

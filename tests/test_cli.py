@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and returns."""
 
 import csv
+import importlib.util
 import itertools
 import json
 import os
@@ -51,6 +52,10 @@ def test_version():
         (("evaluate",), "Missing argument 'RUN'"),
         (("evaluate", "lenet5", "--weights", "imagenet"), "must be a network of the zoo: alexnet"),
         (("export", "runs"), "Missing argument 'TARGET'"),
+        (
+            ("export", "runs", "lenet.h5"),
+            "must end in .keras, .tflite or .onnx, or be the name of a",
+        ),
         (("info", "please"), "unexpected extra argument"),
         (("train", "lenet5"), "'lenet5' is not one of 'alexnet', 'googlenet_v1', 'lenet'"),
         (("train", "alexnet"), "alexnet needs --data: a folder of class folders"),
@@ -171,7 +176,18 @@ def test_export(trained, tmp_path):
     folder, _ = trained
     run("export", str(folder), str(tmp_path / "plain.keras"))
     run("export", str(folder), str(tmp_path / "saved"))
-    assert sorted(os.listdir(tmp_path)) == ["plain.keras", "saved"]
+    run("export", str(folder), str(tmp_path / "lenet-0.1.tflite"))
+    assert sorted(os.listdir(tmp_path)) == ["lenet-0.1.tflite", "plain.keras", "saved"]
+    assert (tmp_path / "lenet-0.1.tflite").read_bytes()[4:8] == b"TFL3"
+    # The network without its augmentation, in float32.
+    model = keras.models.load_model(folder / "model.keras")
+    keras_dfp.set_model_policy(model, "float32")
+    x = np.random.default_rng(0).normal(size=(3, *model.input_shape[1:])).astype("float32")
+    saved = tf.saved_model.load(tmp_path / "saved")
+    expected = model(x, training=False)
+    np.testing.assert_allclose(saved.serve(x), expected, atol=1e-6)
+    plain = keras.models.load_model(tmp_path / "plain.keras")
+    np.testing.assert_allclose(plain(x), expected, atol=1e-6)
     assert "0 of 5 run on integers" in run("describe", str(tmp_path / "plain.keras"))
     assert "exists already" in run("export", str(folder), str(tmp_path / "saved"), code=1)
     assert "There is no folder" in run("export", str(folder), "nowhere/a.keras", code=1)
@@ -263,7 +279,30 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path):
 def test_without_its_packages(command, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     arguments = {"evaluate": ("x",), "export": ("x", "y")}.get(command, ())
-    assert "pip install 'keras-dfp[train]'" in run(command, *arguments, code=1)
+    assert "pip install matplotlib scipy scikit-learn tensorboard tqdm" in run(
+        command, *arguments, code=1
+    )
+
+
+@pytest.mark.slow
+def test_export_to_onnx(trained, tmp_path):
+    pytest.importorskip("tf2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    run("export", str(trained[0]), str(tmp_path / "lenet.onnx"))
+    session = runtime.InferenceSession(tmp_path / "lenet.onnx")
+    (inputs,) = session.get_inputs()
+    x = np.random.default_rng(0).normal(size=(3, *inputs.shape[1:])).astype("float32")
+    model = keras.models.load_model(trained[0] / "model.keras")
+    keras_dfp.set_model_policy(model, "float32")
+    expected = model(x, training=False)
+    np.testing.assert_allclose(session.run(None, {inputs.name: x})[0], expected, atol=1e-5)
+
+
+def test_export_to_onnx_without_its_packages(monkeypatch):
+    found = importlib.util.find_spec
+    onnx = ("tf2onnx", "onnx")
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n in onnx else found(n))
+    assert "pip install tf2onnx onnx\n" in run("export", "x", "y.onnx", code=1)
 
 
 def test_written_whole(tmp_path):

@@ -988,6 +988,7 @@ def test_a_saved_model_goes_on(tmp_path):
 SAVED = ["post-activation", "linear bottleneck", "biases", "control flow", "dense"]
 
 
+@pytest.mark.filterwarnings("ignore:keras_dfp. the SavedModel")
 @pytest.mark.parametrize("name", marked(SAVED, ("biases", "dense")))
 def test_exported_models(name, tmp_path):
     """A SavedModel computes the same, and has the gradients of the model it was."""

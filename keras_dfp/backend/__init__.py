@@ -25,6 +25,7 @@ layer with another policy computes exactly what it computes without the plugin.
     remat.py       recomputation and custom gradients keep their policy
     losses.py      a warning where an operand loses much of itself
     jit.py         no XLA for layers on integers
+    leaving.py     exports are float32, or say what they need
     recording.py   watches a trace: products, operands, batch norm; for `describe`
 
 To do one more thing differently, decorate `make(original) -> replacement` with
@@ -35,6 +36,7 @@ that concern policies.
 from keras_dfp.backend import attention as attention
 from keras_dfp.backend import inputs as inputs
 from keras_dfp.backend import jit as jit
+from keras_dfp.backend import leaving as leaving
 from keras_dfp.backend import normalization as normalization
 from keras_dfp.backend import products as products
 from keras_dfp.backend import remat as remat

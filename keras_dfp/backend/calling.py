@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.backend.common.name_scope import current_path
+from tensorflow.python.framework.func_graph import FuncGraph
 
 from keras_dfp.backend.registry import replaces
 from keras_dfp.number import DFPFormat
@@ -130,7 +132,71 @@ def decide(layer: keras.layers.Layer | None) -> Decision:
         policy = policy[layer.path or layer.name]
     if not hasattr(policy, "decide"):
         return Decision(None, f"policy {policy.name}")
-    return policy.decide(layer)
+    decision = policy.decide(layer)
+    if decision.format is None or _float32.export is None:
+        return decision
+    _float32.export.take(layer)
+    return Decision(None, "exported in float32")
+
+
+class Export:
+    """What happens while every layer runs in FP32, whatever its policy, because a model leaves.
+
+    Attributes:
+        layers: Those that would run on integers, by path.
+        refusal: Why it cannot be done; Keras and TensorFlow may hide the exception.
+    """
+
+    def __init__(self):
+        self.layers: dict[str, keras.layers.Layer] = {}
+        self.refusal: ValueError | None = None
+
+    def take(self, layer: keras.layers.Layer) -> None:
+        path = layer.path or layer.name
+        if _in_a_function_of_the_users():
+            self.refuse(
+                f"Cannot export layer '{path}' in float32: it is called in a tf.function of your "
+                "own, which would keep what is traced now, for training too. Take tf.function "
+                'away, or call keras_dfp.set_model_policy(model, "float32") before the model is '
+                "first called."
+            )
+        self.layers[path] = layer
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = ValueError(reason)
+        raise self.refusal
+
+
+class _Float32(threading.local):
+    export: Export | None = None
+
+
+_float32 = _Float32()
+
+
+def current_export() -> Export | None:
+    """Returns the `Export` of the `exported_in_float32` that this is inside of."""
+    return _float32.export
+
+
+@contextlib.contextmanager
+def exported_in_float32() -> Iterator[Export]:
+    """Lets every layer run in FP32 inside the `with` block, whatever its policy."""
+    outer, _float32.export = _float32.export, Export()
+    try:
+        yield _float32.export
+    finally:
+        _float32.export = outer
+
+
+def _in_a_function_of_the_users() -> bool:
+    """Tells whether what is being traced is for a function inside the one that is exported."""
+    functions, graph = 0, tf.compat.v1.get_default_graph()
+    while isinstance(graph, FuncGraph):
+        # Loops and branches have classes of their own.
+        functions += type(graph) is FuncGraph
+        graph = graph.outer_graph
+    return functions > 1
 
 
 def float32_by_default(layer: keras.layers.Layer) -> str:

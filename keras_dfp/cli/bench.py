@@ -56,9 +56,7 @@ def _file(ctx, param, value):
         raise click.BadParameter(f"the folder {value.parent} does not exist.")
     if value is not None and param.name == "plot_path":
         if importlib.util.find_spec("matplotlib") is None:
-            raise click.ClickException(
-                "--plot needs matplotlib. Install: pip install 'keras-dfp[bench]'"
-            )
+            raise click.ClickException("--plot needs matplotlib. Install: pip install matplotlib")
         if value.suffix not in (".png", ".svg", ".pdf"):
             raise click.BadParameter(f"{value} must end in .png, .svg or .pdf.")
     return value

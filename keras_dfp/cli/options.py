@@ -15,8 +15,10 @@ from keras_dfp.training.errors import TrainingError
 from keras_dfp.training.policies import OPTIONS, POLICIES, policy
 from keras_dfp.training.settings import Settings
 
-# What the commands need and `pip install keras-dfp` alone does not bring.
+# What the commands need and keras-dfp's dependencies do not bring: the modules; where a package
+# has another name than its module, that name.
 PACKAGES = ("matplotlib", "scipy", "sklearn", "tensorboard", "tqdm")
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 
 class ListType(click.ParamType):
@@ -145,8 +147,9 @@ def require(*packages: str) -> None:
     """Fails, before the work, if an optional package is not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
+        names = [_DISTRIBUTIONS.get(package, package) for package in missing]
         raise click.ClickException(
-            f"This needs {', '.join(missing)}. Install: pip install 'keras-dfp[train]'"
+            f"This needs {', '.join(names)}. Install: pip install {' '.join(names)}"
         )
 
 

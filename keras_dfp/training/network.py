@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 
 import keras
@@ -79,17 +80,24 @@ def check_classes(model: keras.Model, source: Source) -> None:
 
 
 def plain(model: keras.Model, settings: Settings) -> keras.Model:
-    """Returns a trained network as `deployable` does, in FP32 and of Keras's own layers only."""
+    """Returns a trained network as `deployable` does, for use elsewhere.
+
+    It is in FP32, of Keras's own layers only, and does not augment images, which some layers do
+    unless they are told that this is no training: what an exported model is called with cannot.
+    """
 
     def call(layer, *args, **kwargs):
         if isinstance(layer, LocalResponseNormalization):
             return layer.of_keras_ops(*args)
+        training = inspect.signature(layer.call).parameters.get("training")
+        if training is not None and training.default is True:
+            kwargs["training"] = False
         return layer(*args, **kwargs)
 
     ours = deployable(model, dataclasses.replace(settings, policy="float32"))
-    if not any(isinstance(layer, LocalResponseNormalization) for layer in ours.layers):
-        return ours
-    used = keras.models.clone_model(ours, call_function=call)
+    # Of a Sequential, Keras makes no clone with other calls.
+    graph = keras.Model(ours.inputs[0], ours.outputs[0], name=ours.name)
+    used = keras.models.clone_model(graph, call_function=call)
     used.set_weights(ours.get_weights())
     return used
 
