@@ -9,9 +9,10 @@ TEST ?= -m "not slow"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow race-check sanitize lint format build clean distclean
+.PHONY: help train test test-slow race-check sanitize lint format build wheel clean distclean
 
 BIN := .venv/bin
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema vendor
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Python files need no rebuild: the installation is editable.
 NATIVE := $(shell find pyx -type f)
@@ -35,16 +36,27 @@ race-check: build/dev.stamp  ## Look for data races (needs clang and its OpenMP)
 sanitize: build/dev.stamp  ## Look for memory and arithmetic errors (needs clang)
 	$(BIN)/python tests/sanitize.py
 
-lint: build/dev.stamp  ## Check style: ruff, cython-lint
+lint: build/dev.stamp  ## Check style: ruff, cython-lint; GitHub's files, CITATION.cff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint pyx
+	$(SCHEMA).citation-file-format CITATION.cff
+	$(SCHEMA).github-workflows .github/workflows/*.yml
+	$(SCHEMA).github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(SCHEMA).github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
 format: build/dev.stamp  ## Bring Python files into ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 build: build/dev.stamp build/native.stamp  ## Make .venv with all that development needs, build the native core
+
+wheel: build/dev.stamp  ## Build a manylinux wheel and an sdist into dist/; test the wheel without a compiler
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --strip --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(PYTHON) tests/check_wheel.py dist/*.whl
 
 clean:  ## Remove what was built
 	rm -rf build dist *.egg-info keras_dfp/_native.*.so .pytest_cache .ruff_cache .hypothesis
@@ -56,11 +68,7 @@ distclean: clean  ## Remove .venv too
 .venv/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "keras-dfp needs Python 3.11 or later: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
-	@printf '#include <Python.h>\n#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' | \
-		$$($(PYTHON) -c 'import os, sysconfig as s; print(os.environ.get("CC") or s.get_config_var("CC"), "-I" + s.get_path("include"))') \
-		-fopenmp -x c - -c -o /dev/null || { \
-		echo "keras-dfp needs a C compiler with OpenMP, and Python's headers." >&2; \
-		echo "Debian, Ubuntu: apt install gcc python3-dev; another compiler: make CC=..." >&2; exit 1; }
+	@$(PYTHON) pyx/check_compiler.py
 	$(PYTHON) -m venv .venv
 
 build/train.stamp: .venv/pyvenv.cfg pyproject.toml setup.py

@@ -26,6 +26,9 @@ if _keras.backend.backend() != "tensorflow":
         '"backend": "tensorflow" in ~/.keras/keras.json, before Keras is imported.'
     )
 
+from keras_dfp import source_tree as source_tree  # first: it finds packages for the others
+
+# isort: split
 from keras_dfp import backend, layers, ops, reference, zoo
 from keras_dfp.audit import Audit, audit
 from keras_dfp.info import info
