@@ -56,7 +56,7 @@ wheel: build/dev.stamp  ## Build a manylinux wheel and an sdist into dist/; test
 	$(BIN)/python -m build --no-isolation --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --strip --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
-	$(PYTHON) tests/check_wheel.py dist/*.whl
+	$(BIN)/python tests/check_wheel.py dist/*.whl
 
 clean:  ## Remove what was built
 	rm -rf build dist *.egg-info keras_dfp/_native.*.so .pytest_cache .ruff_cache .hypothesis
