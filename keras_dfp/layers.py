@@ -1,4 +1,9 @@
-"""Layers that the networks of the zoo need and Keras does not have."""
+"""Keras's layers on integers, by name; and layers that the zoo needs and Keras does not have.
+
+`DFPDense` is `keras.layers.Dense` whose policy, unless it is given another, is `"dfp16"`: for
+models that mix policies by hand, and for files that say what they hold. To put a whole model on
+integers no class has to be replaced: `keras_dfp.set_policy`, `keras_dfp.set_model_policy`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,25 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+
+from keras_dfp.policy import DFPPolicy
+
+
+class _OnIntegers:
+    """Before a layer of Keras among the bases of a class: gives it a DFPPolicy by default.
+
+    Args:
+        dtype: The layer's policy, which may be any policy of Keras. `None`: the global one if it
+            is a `DFPPolicy`, so that its options count for these layers as for all others; else
+            `"dfp16"`, whatever the global policy is.
+    """
+
+    def __init__(self, *args, dtype=None, **kwargs):
+        if dtype is None:
+            dtype = keras.config.dtype_policy()
+            if not isinstance(dtype, DFPPolicy):
+                dtype = DFPPolicy()
+        super().__init__(*args, dtype=dtype, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_dfp")
@@ -69,3 +93,223 @@ class LocalResponseNormalization(keras.layers.Layer):
             "alpha": self.alpha,
             "beta": self.beta,
         }
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPConv1D(_OnIntegers, keras.layers.Conv1D):
+    """`keras.layers.Conv1D` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPConv1D(32, 3, padding="causal", activation="relu")
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPConv2D(_OnIntegers, keras.layers.Conv2D):
+    """`keras.layers.Conv2D` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPConv2D(64, 3, padding="same", activation="relu")
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPConv3D(_OnIntegers, keras.layers.Conv3D):
+    """`keras.layers.Conv3D` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPConv3D(16, 3, strides=2)
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPDepthwiseConv1D(_OnIntegers, keras.layers.DepthwiseConv1D):
+    """`keras.layers.DepthwiseConv1D` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPDepthwiseConv1D(5, padding="same")
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPDepthwiseConv2D(_OnIntegers, keras.layers.DepthwiseConv2D):
+    """`keras.layers.DepthwiseConv2D` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPDepthwiseConv2D(3, depth_multiplier=2)
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPConv1DTranspose(_OnIntegers, keras.layers.Conv1DTranspose):
+    """`keras.layers.Conv1DTranspose` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPConv1DTranspose(32, 4, strides=2)
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPConv2DTranspose(_OnIntegers, keras.layers.Conv2DTranspose):
+    """`keras.layers.Conv2DTranspose` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPConv2DTranspose(32, 4, strides=2, padding="same")
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPConv3DTranspose(_OnIntegers, keras.layers.Conv3DTranspose):
+    """`keras.layers.Conv3DTranspose` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPConv3DTranspose(8, 2, strides=2)
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPSeparableConv1D(_OnIntegers, keras.layers.SeparableConv1D):
+    """`keras.layers.SeparableConv1D` on integers, with its arguments and results.
+
+    Both of its convolutions run on integers.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPSeparableConv1D(64, 5, padding="same")
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPSeparableConv2D(_OnIntegers, keras.layers.SeparableConv2D):
+    """`keras.layers.SeparableConv2D` on integers, with its arguments and results.
+
+    Both of its convolutions run on integers.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPSeparableConv2D(128, 3, padding="same")
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPDense(_OnIntegers, keras.layers.Dense):
+    """`keras.layers.Dense` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPDense(10, dtype=keras_dfp.DFPPolicy(mantissa_bits=16))
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPEinsumDense(_OnIntegers, keras.layers.EinsumDense):
+    """`keras.layers.EinsumDense` on integers, with its arguments and results.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPEinsumDense("btd,dhk->bthk", output_shape=(None, 8, 64))
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPMultiHeadAttention(_OnIntegers, keras.layers.MultiHeadAttention):
+    """`keras.layers.MultiHeadAttention` on integers, with its arguments and results.
+
+    Its projections and the products of attention run on integers; softmax is float32.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPMultiHeadAttention(num_heads=8, key_dim=64)
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPLSTM(_OnIntegers, keras.layers.LSTM):
+    """`keras.layers.LSTM` on integers, with its arguments and results.
+
+    Its kernels are quantised once for all steps; gates and state are float32.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPLSTM(128, return_sequences=True)
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_dfp")
+class DFPGRU(_OnIntegers, keras.layers.GRU):
+    """`keras.layers.GRU` on integers, with its arguments and results.
+
+    Its kernels are quantised once for all steps; gates and state are float32.
+
+    Args:
+        dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
+            `"dfp16"`; a policy that is given wins.
+
+    Example:
+
+    >>> layer = keras_dfp.layers.DFPGRU(128)
+    """
