@@ -29,7 +29,7 @@ if _keras.backend.backend() != "tensorflow":
 from keras_dfp import source_tree as source_tree  # first: it finds packages for the others
 
 # isort: split
-from keras_dfp import backend, layers, ops, reference, zoo
+from keras_dfp import backend, layers, ops, optimizers, reference, zoo
 from keras_dfp.audit import Audit, audit
 from keras_dfp.info import info
 from keras_dfp.model_policy import set_model_policy
@@ -50,6 +50,7 @@ __all__ = [
     "info",
     "layers",
     "ops",
+    "optimizers",
     "policy_scope",
     "quantize",
     "reference",

@@ -80,6 +80,24 @@ a layer and its gradient are
 where scale * r, T * r, b and c are computed in float64, from left to right, and so are the terms of
 T from the float32 x - mean. All NaN are one.
 
+**Optimizers.** A step for weights w, gradient g, rate and the numbered step t = 1, 2, .. is float32
+arithmetic element by element, each operation rounded, from left to right as written. All constants
+are rounded to float32 first. With decay, w becomes w - w * decay * rate before. Then
+
+    SGD      w - g * rate
+    momentum m = m * momentum - g * rate       w + m, nesterov: w + (m * momentum - g * rate)
+    Adam     m = m + (g - m) * renewal_1       renewal = 1 - beta in float64
+             v = v + (g * g - v) * renewal_2
+             h = max(h, v) with amsgrad, else v
+             w - m * alpha / (sqrt(h) + epsilon)
+             alpha = RN32(rate * sqrt(1 - beta_2**t) / (1 - beta_1**t)) in float64
+
+beta**t is in float64, by squaring: from the lowest bit of t on, p = p * beta where it is set, and
+beta = beta * beta. m, v and h may be kept in dynamic fixed point with 16 bits, each 64 elements of
+the flat tensor a group, rounded stochastically with the number of the variable as seed, of the slot
+(m: 0, v: 1, h: 2) as tensor_id, and of the step. Of v and h, RN32(sqrt) is kept, with the mantissa
+1 where it is above zero and its mantissa would be 0; what is read is its square, RN32.
+
 **Floating point units.** Some threads flush subnormals to zero. Nothing here depends on it:
 float32 values are taken apart and put together as integers, and their arithmetic is that of
 float64, rounded to float32. (Rounding twice changes no sum, difference or product.)
@@ -101,6 +119,7 @@ _ROUNDINGS = ("nearest", "truncate", "stochastic")
 _ACCUMULATIONS = ("exact", "spill")
 _CLIPS = ("none", "relu", "relu6")
 _SUMMED_PIXELS = 128  # of a partial sum
+_SLOT_BLOCK = 64  # elements of a slot that share an exponent
 
 Padding = str | Sequence[tuple[int, int]]
 Exponents = int | np.ndarray
@@ -1223,6 +1242,162 @@ def _float64(x: np.ndarray) -> np.ndarray:
     finite = np.ldexp(significand.astype(np.float64), exponent)
     finite = np.where(bits >> 31 == 1, -finite, finite)
     return np.where(bits & 0x7FFFFFFF < _FLOAT32_INFINITY, finite, x)
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers
+# ---------------------------------------------------------------------------------------------
+
+
+def sgd(
+    w: np.ndarray,
+    g: np.ndarray,
+    m: np.ndarray | None = None,
+    *,
+    rate: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    decay: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the weights and the momentum after a step of SGD.
+
+    Args:
+        w: float32 weights.
+        g: float32 gradient of their shape.
+        m: float32 momentum of their shape, or `None` for SGD without.
+        rate: the learning rate.
+        momentum: what `m` is multiplied by.
+        nesterov: whether weights follow the momentum one step ahead.
+        decay: weight decay, decoupled; 0 for none.
+
+    Returns:
+        `(w, m)`: float32 arrays; `m` is `None` if it was.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    w, g = _checked_weights("sgd", w, g)
+    rate, momentum, decay = (_single(np.float64(c)) for c in (rate, momentum, decay))
+    with np.errstate(all="ignore"):
+        w = _decayed(w, rate, decay)
+        step = _single(g * rate)
+        if m is None:
+            return _float32(w - step), None
+        m = _float64(_checked_alike("sgd", "m", m, w.shape))
+        m = _single(_single(m * momentum) - step)
+        ahead = _single(_single(m * momentum) - step) if nesterov else m
+        return _float32(w + ahead), _float32(m)
+
+
+def adam(
+    w: np.ndarray,
+    g: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    h: np.ndarray | None = None,
+    *,
+    rate: float,
+    step: int,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-7,
+    decay: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return the weights and the moments after a step of Adam.
+
+    Args:
+        w: float32 weights.
+        g: float32 gradient of their shape.
+        m: float32 first moment of their shape.
+        v: float32 second moment.
+        h: the largest second moment so far, or `None` for Adam without amsgrad.
+        rate: the learning rate.
+        step: the number of this step, from 1.
+        beta_1: what is left of `m` after a step.
+        beta_2: what is left of `v`.
+        epsilon: added to the root of the second moment.
+        decay: weight decay, decoupled; 0 for none.
+
+    Returns:
+        `(w, m, v, h)`: float32 arrays; `h` is `None` if it was.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    w, g = _checked_weights("adam", w, g)
+    m, v = (_float64(_checked_alike("adam", "m or v", x, w.shape)) for x in (m, v))
+    constants = rate, beta_1, beta_2, 1 - beta_1, 1 - beta_2, epsilon, decay
+    rate, beta_1, beta_2, renewal_1, renewal_2, epsilon, decay = (
+        _single(np.float64(c)) for c in constants
+    )
+    with np.errstate(all="ignore"):
+        young = np.sqrt(1 - _power(beta_2, step))
+        alpha = _single(rate * young / (1 - _power(beta_1, step)))
+        w = _decayed(w, rate, decay)
+        m = _single(m + _single(_single(g - m) * renewal_1))
+        v = _single(v + _single(_single(_single(g * g) - v) * renewal_2))
+        used = v
+        if h is not None:
+            h = used = np.maximum(_float64(_checked_alike("adam", "h", h, w.shape)), v)
+        step = _single(_single(m * alpha) / _single(_single(np.sqrt(used)) + epsilon))
+        return _float32(w - step), _float32(m), _float32(v), None if h is None else _float32(h)
+
+
+def pack_slot(x: np.ndarray, seed: int, slot: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a slot of an optimizer in dynamic fixed point.
+
+    Args:
+        x: float32 array, not negative in slots other than 0.
+        seed: the number of the variable.
+        slot: 0 for `m`; 1 for `v` and 2 for `h`, of which roots are kept.
+        step: the number of the step.
+
+    Returns:
+        `(q, e)`: int16 mantissas of the shape of `x`, and int32 exponents, one for each 64.
+    """
+    if slot:
+        with np.errstate(all="ignore"):
+            x = _float32(np.sqrt(_float64(x)))
+    blocks = -(-x.size // _SLOT_BLOCK)
+    padded = np.zeros(blocks * _SLOT_BLOCK, np.float32)
+    padded[: x.size] = x.ravel()
+    q, e = quantize(
+        padded.reshape(blocks, _SLOT_BLOCK), 16, "stochastic", None, seed, slot, step, group_axes=1
+    )
+    q = np.where(
+        slot
+        and (q == 0) & (e[:, np.newaxis] != NAN_EXPONENT) & (_bits(padded).reshape(q.shape) > 0),
+        1,
+        q,
+    )
+    return q.ravel()[: x.size].reshape(x.shape).astype(np.int16), e
+
+
+def unpack_slot(q: np.ndarray, e: np.ndarray, slot: int) -> np.ndarray:
+    """Return the float32 values of a slot that `pack_slot` packed."""
+    x = _scaled(q.ravel().astype(np.int64), np.repeat(e, _SLOT_BLOCK)[: q.size]).reshape(q.shape)
+    return _float32(_float64(x) ** 2) if slot else x
+
+
+def _decayed(w: np.ndarray, rate: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    return _single(w - _single(_single(w * decay) * rate)) if decay else w
+
+
+def _power(base: np.ndarray, exponent: int) -> np.ndarray:
+    power = np.float64(1)
+    while exponent:
+        if exponent % 2:
+            power = power * base
+        base, exponent = base * base, exponent // 2
+    return power
+
+
+def _checked_weights(op: str, w: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 weights and gradient as float64."""
+    w = np.asarray(w)
+    if w.dtype != np.float32:
+        raise ValueError(f"{op}: `w` must be float32, received {w.dtype}")
+    return _float64(w), _float64(_checked_alike(op, "g", g, w.shape))
 
 
 # ---------------------------------------------------------------------------------------------

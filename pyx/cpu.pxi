@@ -91,7 +91,20 @@ cdef extern from "microkernels/table.h" nogil:
         const float* b
         const float* c
         int64_t n
-    const int DFP_SHORT
+    ctypedef struct dfp_update:
+        const float* w
+        const float* g
+        const float* m
+        const float* v
+        const float* h
+        float* w_to
+        float* m_to
+        float* v_to
+        float* h_to
+        float rate, decay, momentum
+        bint nesterov
+        float alpha, renewal, renewal2, epsilon
+    const int DFP_SHORT, DFP_SLOT_BLOCK
     const int DFP_DIGIT_TILE, DFP_DIGIT_STEP, DFP_DIGIT_K_3, DFP_DIGIT_K_4
     ctypedef void (*dfp_multiply)(const dfp_tile*) noexcept nogil
     ctypedef struct dfp_kernel:
@@ -127,6 +140,11 @@ cdef extern from "microkernels/table.h" nogil:
                              double*) noexcept nogil
         void (*moments)(const float*, int64_t, int64_t, double*, float*) noexcept nogil
         void (*add_rows)(const double*, int64_t, int64_t, int64_t, double*) noexcept nogil
+        void (*sgd)(const dfp_update*, int64_t) noexcept nogil
+        void (*adam)(const dfp_update*, int64_t) noexcept nogil
+        void (*unpack_slot)(const int16_t*, const int32_t*, int64_t, bint, float*) noexcept nogil
+        void (*pack_slot)(float*, int64_t, bint, int64_t, const uint32_t*, uint64_t, int16_t*,
+                          int32_t*) noexcept nogil
         int64_t (*peak)(int64_t) noexcept nogil
         const dfp_digits* digits
     ctypedef struct dfp_isa:

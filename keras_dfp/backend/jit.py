@@ -1,4 +1,5 @@
-"""XLA: models with layers on integers fall back to `jit_compile=False`, with Keras's warning."""
+"""XLA: models whose layers, or optimizer, run on native ops fall back to `jit_compile=False`, with
+Keras's warning."""
 
 import functools
 
@@ -16,7 +17,10 @@ from keras_dfp.backend.registry import replaces
 def _model_supports_jit(original):
     @functools.wraps(original)
     def model_supports_jit(model):
-        return original(model) and not _multiplies_integers(model)
+        optimizer = getattr(model, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        native = getattr(optimizer, "native", False)
+        return original(model) and not native and not _multiplies_integers(model)
 
     return model_supports_jit
 

@@ -198,6 +198,21 @@ typedef struct {
     int64_t n;                  /* as of a map, and the mask's */
 } dfp_gradient;
 
+/* A step of an optimizer, numerics.md, "Optimizers": new weights and slots from weights, gradient
+ * and slots. An array may be written where it, or the gradient, is read, index by index. `m` is
+ * NULL for SGD without momentum, `h` for Adam without the largest v. Without `decay`, 0, weights
+ * do not decay. */
+typedef struct {
+    const float *w, *g, *m, *v, *h;
+    float *w_to, *m_to, *v_to, *h_to;
+    float rate, decay;
+    float momentum;             /* of SGD */
+    int nesterov;
+    float alpha, renewal, renewal2, epsilon; /* of Adam: m and v move so far towards g and g**2 */
+} dfp_update;
+
+enum { DFP_SLOT_BLOCK = 64 }; /* elements of a slot that share an exponent; at most DFP_SHORT */
+
 enum { DFP_SHORT = 80 };    /* elements of a group whose overhead would exceed its work */
 
 /* What an instruction set brings; chosen once, when the library is loaded. */
@@ -268,6 +283,16 @@ typedef struct {
     void (*moments)(const float *y, int64_t pixels, int64_t n, double *sums, float *bounds);
     /* total[c] = the sum over r < count, in order, of rows[r * stride + c]. */
     void (*add_rows)(const double *rows, int64_t count, int64_t stride, int64_t n, double *total);
+    /* A step on n weights. */
+    void (*sgd)(const dfp_update *, int64_t n);
+    void (*adam)(const dfp_update *, int64_t n);
+    /* n elements of a slot in dynamic fixed point, from the beginning of a block on: to float,
+     * squared if they are roots; and from float, which may be overwritten by their roots if they
+     * shall be kept. They are rounded stochastically, as element `index` of the slot and the next;
+     * a root above 0 has a mantissa of at least 1. */
+    void (*unpack_slot)(const int16_t *q, const int32_t *e, int64_t n, int root, float *to);
+    void (*pack_slot)(float *x, int64_t n, int root, int64_t index, const uint32_t *key,
+                      uint64_t step, int16_t *q, int32_t *e);
     /* Does nothing but multiply-accumulate, on registers; returns how many products. */
     int64_t (*peak)(int64_t rounds);
     const dfp_digits *digits;   /* or NULL */

@@ -92,6 +92,9 @@ cdef struct TFApi:
     TF_Tensor* (*NewTensor)(
         int, const int64_t*, int, void*, size_t, deallocate_fn, void*) noexcept nogil
     void (*SetOutput)(TF_OpKernelContext*, int, const TF_Tensor*, TF_Status*) noexcept nogil
+    TF_Tensor* (*ForwardInputOrAllocateOutput)(
+        TF_OpKernelContext*, const int*, int, int, const int64_t*, int, int*,
+        TF_Status*) noexcept nogil
     TF_Tensor* (*AllocateTemp)(
         TF_OpKernelContext*, int, const int64_t*, int, TF_AllocatorAttributes*,
         TF_Status*) noexcept nogil
@@ -130,7 +133,8 @@ cdef extern from *:
         "TF_ShapeInferenceContextSubshape", "TF_ShapeInferenceContextConcatenateShapes",
 
         "TF_NewKernelBuilder", "TF_RegisterKernelBuilder", "TF_NumInputs", "TF_GetInput",
-        "TF_AllocateOutput", "TF_NewTensor", "TF_SetOutput", "TF_AllocateTemp",
+        "TF_AllocateOutput", "TF_NewTensor", "TF_SetOutput",
+        "TF_ForwardInputOrAllocateOutput", "TF_AllocateTemp",
         "TF_OpKernelContext_Failure",
         "TF_OpKernelConstruction_Failure", "TF_OpKernelConstruction_GetAttrSize",
         "TF_OpKernelConstruction_GetAttrBool", "TF_OpKernelConstruction_GetAttrFloat",
