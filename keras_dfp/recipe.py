@@ -15,21 +15,30 @@ from typing import Any
 
 import keras
 
+from keras_dfp.optimizers import SLOTS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """`[optimizer]`."""
 
-    name: str  # "sgd" or "adam"
+    # "sgd" or "adam", Keras's; or "dfp_sgd" or "dfp_adam", the same in one native pass.
+    name: str
     momentum: float = 0.0  # of sgd
     nesterov: bool = False  # of sgd
+    # Of dfp_sgd and dfp_adam: "float32", or "dfp16" for moments in half the memory.
+    slots: str = "float32"
     # Times each kernel (not biases, not batch norm) is added to its gradient, before the
     # momentum: the L2 penalty of the papers, not Keras's decoupled `weight_decay`.
     weight_decay: float = 0.0
 
     def __post_init__(self):
-        _check(self, "name", self.name in ("sgd", "adam"), "'sgd' or 'adam'")
-        sgd = self.name == "sgd"
+        names = ("sgd", "adam", "dfp_sgd", "dfp_adam")
+        _check(self, "name", self.name in names, f"one of {', '.join(map(repr, names))}")
+        sgd, native = self.name.endswith("sgd"), self.name.startswith("dfp_")
+        _check(self, "slots", self.slots in SLOTS, " or ".join(map(repr, SLOTS)))
+        fitting = native or self.slots == "float32"
+        _check(self, "slots", fitting, "absent, because it is dfp_sgd's and dfp_adam's")
         _check(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         _check(self, "momentum", sgd or not self.momentum, "absent, because it is sgd's")
         _check(self, "nesterov", sgd or not self.nesterov, "absent, because it is sgd's")

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_dfp import zoo
 from keras_dfp.layers import LocalResponseNormalization
 from keras_dfp.model_policy import set_model_policy
+from keras_dfp.optimizers import DFPSGD, DFPAdam
 from keras_dfp.policy import DFPPolicy
 from keras_dfp.recipe import Recipe
 from keras_dfp.training.errors import DataError, RunError
@@ -113,9 +114,15 @@ def deployable(model: keras.Model, settings: Settings) -> keras.Model:
 def optimizer(recipe: Recipe) -> keras.Optimizer:
     """Returns the recipe's optimizer."""
     rate, options = recipe.schedule.learning_rate, recipe.optimizer
-    if options.name == "adam":
-        return keras.optimizers.Adam(rate)
-    return keras.optimizers.SGD(rate, momentum=options.momentum, nesterov=options.nesterov)
+    momentum = {"momentum": options.momentum, "nesterov": options.nesterov}
+    match options.name:
+        case "adam":
+            return keras.optimizers.Adam(rate)
+        case "dfp_adam":
+            return DFPAdam(rate, slots=options.slots)
+        case "dfp_sgd":
+            return DFPSGD(rate, slots=options.slots, **momentum)
+    return keras.optimizers.SGD(rate, **momentum)
 
 
 def train_step(

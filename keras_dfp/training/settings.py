@@ -109,6 +109,9 @@ class Settings:
         """
         recipe = dataclasses.asdict(self.recipe)
         del recipe["source"]
+        if recipe["optimizer"]["slots"] == "float32":
+            # What was stored before there was a choice says nothing of it.
+            del recipe["optimizer"]["slots"]
         return {
             # As it is when it is read again: with lists for tuples.
             "recipe": json.loads(json.dumps(recipe)),

@@ -1030,6 +1030,97 @@ static void check_add_rows(void) {
     CHECK(total[n] == 12345.0, "wrote beyond the end");
 }
 
+/* ---- Optimizers ------------------------------------------------------------------------------ */
+
+static float some_float(void) { return ldexpf((float)between(-1000000, 1000000), (int)between(-50, 10)); }
+
+static void check_update(void) {
+    static float in[5][MAX_N], out[4][MAX_N + 1];
+    const int64_t n = between(0, MAX_N);
+    const int adam = between(0, 1), slots = adam ? (int)between(2, 3) : (int)between(0, 1);
+    const int in_place = between(0, 1);
+    for (int k = 0; k < 5; k++)
+        for (int64_t i = 0; i < n; i++) in[k][i] = k < 3 ? some_float() : fabsf(some_float());
+    dfp_update u = {.w = in[0], .g = in[1], .rate = 0.037f, .decay = between(0, 1) ? 0.01f : 0.0f,
+                    .momentum = 0.9f, .nesterov = (int)between(0, 1), .alpha = 0.02f,
+                    .renewal = 0.1f, .renewal2 = 0.001f, .epsilon = 1e-7f};
+    const float **from[] = {&u.m, &u.v, &u.h};
+    float **to[] = {&u.m_to, &u.v_to, &u.h_to};
+    for (int k = 0; k < slots; k++) *from[k] = in[2 + k], *to[k] = out[1 + k];
+    for (int k = 0; k < 4; k++) out[k][n] = 12345.0f;
+    u.w_to = out[0];
+    if (in_place) {
+        /* New weights where the gradient is. */
+        memcpy(out[0], in[1], n * sizeof(float));
+        u.g = out[0];
+    }
+    (adam ? kernel->adam : kernel->sgd)(&u, n);
+    for (int64_t i = 0; i < n; i++) {
+        volatile float w = in[0][i], g = in[1][i], m = in[2][i], v = in[3][i], t, s;
+        if (u.decay != 0.0f) t = w * u.decay, t = t * u.rate, w = w - t;
+        if (adam) {
+            t = g - m, t = t * u.renewal, m = m + t;
+            t = g * g, t = t - v, t = t * u.renewal2, v = v + t;
+            s = slots == 3 && in[4][i] > v ? in[4][i] : v;
+            if (slots == 3) CHECK(out[3][i] == s, "h[%d]: got %a, expected %a", (int)i, out[3][i], s);
+            CHECK(out[2][i] == v, "v[%d]: got %a, expected %a", (int)i, out[2][i], v);
+            s = sqrtf(s), s = s + u.epsilon, t = m * u.alpha, t = t / s, w = w - t;
+        } else {
+            t = g * u.rate;
+            if (slots) m = m * u.momentum, m = m - t, s = m * u.momentum, s = s - t;
+            if (slots) w = w + (u.nesterov ? s : m);
+            else w = w - t;
+        }
+        if (slots) CHECK(out[1][i] == m, "m[%d]: got %a, expected %a", (int)i, out[1][i], m);
+        CHECK(out[0][i] == w, "w[%d]: got %a, expected %a", (int)i, out[0][i], w);
+    }
+    for (int k = 0; k <= slots; k++) CHECK(out[k][n] == 12345.0f, "wrote beyond the end");
+}
+
+static void check_slot(void) {
+    static float x[MAX_N + 1], kept[MAX_N], back[MAX_N + 1];
+    static int16_t q[MAX_N + 1];
+    int32_t e[MAX_N / DFP_SLOT_BLOCK + 2];
+    const int64_t n = between(0, MAX_N), blocks = (n + DFP_SLOT_BLOCK - 1) / DFP_SLOT_BLOCK;
+    const int root = between(0, 1);
+    const uint32_t key[2] = {word(), word()};
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = between(0, 9) ? some_float() : 0.0f;
+        if (root) x[i] = fabsf(x[i]);
+        kept[i] = root ? sqrtf(x[i]) : x[i];
+    }
+    if (n && between(0, 1)) x[between(0, n - 1)] = between(0, 1) ? NAN : INFINITY;
+    for (int64_t i = 0; i < n; i++)
+        if (!(x[i] - x[i] == 0.0f)) kept[i] = x[i];
+    x[n] = back[n] = 12345.0f, q[n] = 12345, e[blocks] = 12345;
+    kernel->pack_slot(x, n, root, 4 * between(0, 1000), key, word(), q, e);
+    kernel->unpack_slot(q, e, n, root, back);
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t end = (b + 1) * DFP_SLOT_BLOCK < n ? (b + 1) * DFP_SLOT_BLOCK : n;
+        float most = 0.0f;
+        int lost = 0;
+        for (int64_t i = b * DFP_SLOT_BLOCK; i < end; i++) {
+            lost |= !(kept[i] - kept[i] == 0.0f);
+            if (fabsf(kept[i]) > most) most = fabsf(kept[i]);
+        }
+        const int expected = lost ? INT32_MIN : most == 0.0f ? -163 : ilogbf(most) - 14;
+        CHECK(e[b] == expected, "exponent %d: got %d, expected %d", (int)b, e[b], expected);
+        for (int64_t i = b * DFP_SLOT_BLOCK; i < end; i++) {
+            if (lost) {
+                CHECK(q[i] == 0 && back[i] != back[i], "element %d of a NaN block", (int)i);
+                continue;
+            }
+            const double unit = ldexp(1.0, e[b]), value = q[i] * unit;
+            CHECK(fabs(value - kept[i]) <= unit, "q[%d]: got %g for %g", (int)i, value, kept[i]);
+            CHECK(!root || (q[i] > 0) == (kept[i] > 0.0f), "root %d: %d for %g", (int)i, q[i], kept[i]);
+            const float read = (float)value;
+            CHECK(back[i] == (root ? read * read : read), "back[%d]", (int)i);
+        }
+    }
+    CHECK(x[n] == 12345.0f && back[n] == 12345.0f && q[n] == 12345 && e[blocks] == 12345,
+          "wrote beyond the end");
+}
+
 /* ---- Digits ---------------------------------------------------------------------------------- */
 
 enum {
@@ -1291,6 +1382,8 @@ static void check_kernel(const dfp_kernel *k) {
     for (int i = 0; i < 500; i++) check_channel_sums();
     for (int i = 0; i < 500; i++) check_moments();
     for (int i = 0; i < 200; i++) check_add_rows();
+    for (int i = 0; i < 500; i++) check_update();
+    for (int i = 0; i < 500; i++) check_slot();
     if (k->digits) check_digits();
     CHECK(k->peak(1000) > 0, "no products counted");
     printf("%s: %lld checks passed\n", k->isa, (long long)checks);
