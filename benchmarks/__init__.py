@@ -7,6 +7,7 @@
         quantise.py     float32 to int16, against the memory's speed
         small.py        what a call costs when there is next to nothing to compute
         step.py         whole training steps
+        optimizer.py    what an optimizer takes of them (no command: see there)
         pipeline.py     images on their way to a training step
     report.py       a document as tables, for a terminal or in Markdown
     roofline.py     a document as a plot

@@ -16,6 +16,7 @@ import keras_dfp
 from keras_dfp.benchmarks import (
     machine,
     networks,
+    optimizer,
     pipeline,
     products,
     quantise,
@@ -185,6 +186,16 @@ def test_quantise_rows():
         (*size, way) for size in sizes for way in quantise.WAYS
     ]
     assert all(row["bytes"] == 10 * row["elements"] and row["dfp_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_optimizer_rows():
+    *rows, quantising = rows_of(optimizer, network="convnet", repeats=3, steps=1)
+    assert [row["optimizer"] for row in rows] == list(optimizer.OPTIMIZERS)
+    assert all(row["step_ms"] > 0 for row in rows) and quantising["quantising_kernels_ms"] > 0
+    slots = {row["optimizer"]: row["slots_mb"] for row in rows}
+    assert slots["SGD"] == slots["DFPSGD"] == pytest.approx(slots["Adam"] / 2, rel=1e-3)
+    assert slots["DFPAdam, dfp16"] == pytest.approx(slots["Adam"] * 33 / 64, rel=1e-2)
 
 
 def test_small_rows():

@@ -91,16 +91,18 @@ TARGET static void DFP_CAT(pack_slot__, ISA)(float *x, int64_t n, int root, int6
                                              const uint32_t *key, uint64_t step, int16_t *q,
                                              int32_t *e) {
     const int64_t blocks = n / DFP_SLOT_BLOCK, whole = blocks * DFP_SLOT_BLOCK;
+    /* Not constants: of a clone for these, gcc 12 makes no vectors. */
+    const volatile double limit = 32767.0;
+    const volatile int64_t block = DFP_SLOT_BLOCK;
     for (int64_t i = 0; root && i < n; i++) x[i] = __builtin_sqrtf(x[i]);
     if (blocks) {
         DFP_CAT(exponents__, ISA)(x, blocks, DFP_SLOT_BLOCK, 16, e);
-        DFP_CAT(stochastic_f32_s16__, ISA)(x, blocks, DFP_SLOT_BLOCK, index, e, 32767.0, key, step,
-                                           q);
+        DFP_CAT(stochastic_f32_s16__, ISA)(x, blocks, block, index, e, limit, key, step, q);
     }
     if (whole < n) {
         DFP_CAT(exponents__, ISA)(x + whole, 1, n - whole, 16, e + blocks);
         DFP_CAT(stochastic_f32_s16__, ISA)(x + whole, 1, n - whole, index + whole, e + blocks,
-                                           32767.0, key, step, q + whole);
+                                           limit, key, step, q + whole);
     }
     for (int64_t i = 0; root && i < n; i++) q[i] += (q[i] == 0) & (x[i] > 0.0f);
     for (int64_t first = 0; first < n; first += DFP_SLOT_BLOCK, e++) {

@@ -1,0 +1,79 @@
+"""What an optimizer takes of a training step: Keras's against ours, on all weights of a network.
+
+    python -m keras_dfp.benchmarks.worker optimizer '{"network": "vgg16", "threads": null,
+                                                      "repeats": 7, "steps": 3}'
+
+`update_ms` is the time of a graph that makes gradients and applies them, less that of one that only
+makes them. `step_ms` is a whole training step under dfp16, where `steps` says how many to time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+
+from keras_dfp import native
+from keras_dfp.benchmarks.machine import medians
+from keras_dfp.benchmarks.networks import NETWORKS, build, data
+from keras_dfp.optimizers import DFPSGD, DFPAdam
+
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
+    "DFPSGD": lambda: DFPSGD(1e-4, momentum=0.9),
+    "DFPSGD, dfp16": lambda: DFPSGD(1e-4, momentum=0.9, slots="dfp16"),
+    "Adam": lambda: keras.optimizers.Adam(1e-4),
+    "DFPAdam": lambda: DFPAdam(1e-4),
+    "DFPAdam, dfp16": lambda: DFPAdam(1e-4, slots="dfp16"),
+}
+
+
+def measure(settings: dict) -> Iterator[dict | str]:
+    """Yields a row per optimizer, and one for quantising all kernels; settings: network, repeats,
+    steps."""
+    network = NETWORKS[settings["network"]]
+    model = build(settings["network"], network.image_size, "dfp16")
+    weights = model.trainable_variables
+    batch = data(model, network.batch)
+    for name, make in OPTIMIZERS.items():
+        yield f"{settings['network']} {name}"
+        optimizer = make()
+        optimizer.build(weights)
+        ways = {"update": _updating(weights, optimizer), "make": _updating(weights, None)}
+        taken = medians(ways, settings["repeats"])
+        row = {"optimizer": name, "update_ms": taken["update"] - taken["make"]}
+        row["slots_mb"] = sum(v.value.numpy().nbytes for v in optimizer.variables) / 1e6
+        if settings["steps"]:
+            step = _training(model, make(), *batch)
+            row["step_ms"] = medians({"step": step}, settings["steps"])["step"]
+        yield row
+    kernels = [tf.convert_to_tensor(w.value) for w in weights if w.shape.rank > 1]
+    quantise = medians({"all": lambda: [_quantised(k) for k in kernels]}, settings["repeats"])
+    yield {"quantising_kernels_ms": quantise["all"]}
+
+
+def _updating(weights, optimizer):
+    @tf.function(autograph=False)
+    def run():
+        gradients = [tf.raw_ops.Mul(x=w.value, y=tf.constant(1e-3)) for w in weights]
+        if optimizer is not None:
+            optimizer.apply(gradients, weights)
+        return [tf.reshape(g, [-1])[0] for g in gradients] if optimizer is None else []
+
+    return run
+
+
+def _training(model, optimizer, x, y, loss):
+    model.compile(optimizer, loss)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(autograph=False, jit_compile=False)
+    def step(x, y):
+        return model.train_step((x, y))["loss"]
+
+    return lambda: float(step(x, y))
+
+
+def _quantised(kernel):
+    return native.quantize(kernel, 14, "nearest", 1)[0]
