@@ -126,7 +126,7 @@ cdef extern from *:
         "TF_OpDefinitionBuilderAddInput", "TF_OpDefinitionBuilderAddOutput",
         "TF_OpDefinitionBuilderSetShapeInferenceFunction",
         "TF_NewShapeHandle", "TF_DeleteShapeHandle",
-         "TF_ShapeInferenceContextGetInput",
+        "TF_ShapeInferenceContextGetInput",
         "TF_ShapeInferenceContextSetOutput", "TF_ShapeInferenceContextScalar",
         "TF_ShapeInferenceContextRank", "TF_ShapeInferenceContextRankKnown",
         "TF_ShapeInferenceContextWithRank",
