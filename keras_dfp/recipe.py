@@ -6,15 +6,13 @@ One class per table of the file; a field is a key, and its comment says what the
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from keras_dfp import tables
 from keras_dfp.optimizers import SLOTS
 
 
@@ -219,12 +217,12 @@ def read(path: Path, name: str) -> Recipe:
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
-        table["optimizer"] = _make(Optimizer, _table(table, "optimizer"), "optimizer.")
+        table["optimizer"] = tables.make(Optimizer, _table(table, "optimizer"), "optimizer.")
         table["schedule"] = _schedule(_table(table, "schedule"))
-        table["images"] = _make(Images, _table(table, "images"), "images.")
+        table["images"] = tables.make(Images, _table(table, "images"), "images.")
         if "name" in table:
             raise ValueError("unknown key 'name': a recipe is named after its folder.")
-        return _make(Recipe, {**table, "name": name}, "")
+        return tables.make(Recipe, {**table, "name": name})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -240,61 +238,7 @@ def _schedule(table: dict[str, Any]) -> Schedule:
     if kind not in SCHEDULES:
         kinds = ", ".join(map(repr, SCHEDULES))
         raise ValueError(f"schedule.kind must be one of {kinds}; got {kind!r}.")
-    return _make(SCHEDULES[kind], table, "schedule.")
-
-
-def _make(cls: type, table: dict[str, Any], prefix: str) -> Any:
-    """Returns an instance of a dataclass from a table whose keys are its fields."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in table.keys() - fields.keys():
-        raise ValueError(f"unknown key '{prefix}{key}'; there are: {', '.join(fields)}.")
-    for key, field in fields.items():
-        if key not in table and field.default is dataclasses.MISSING:
-            raise ValueError(f"key '{prefix}{key}' is missing.")
-    types = typing.get_type_hints(cls)
-    values = {}
-    for key, value in table.items():
-        wanted, convert = _CONVERSIONS.get(types[key], (None, lambda value: value))
-        try:
-            values[key] = convert(value)
-        except TypeError:
-            raise ValueError(f"{prefix}{key} must be {wanted}; got {value!r}.") from None
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
-
-
-def _of(*types: type) -> Callable:
-    def convert(value):
-        # A bool is an int to Python, not to a reader of the file.
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise TypeError
-        return value
-
-    return convert
-
-
-def _number(value) -> float:
-    number = float(_of(int, float)(value))
-    if not math.isfinite(number):
-        raise TypeError
-    return number
-
-
-def _numbers(value) -> tuple[float, ...]:
-    return tuple(_number(number) for number in _of(list)(value))
-
-
-# What the values of TOML become, by the type of the field.
-_CONVERSIONS = {
-    str: ("a string", _of(str)),
-    bool: ("true or false", _of(bool)),
-    int: ("a whole number", _of(int)),
-    int | None: ("a whole number", _of(int)),
-    float: ("a number", _number),
-    tuple[float, ...]: ("a list of numbers", _numbers),
-}
+    return tables.make(SCHEDULES[kind], table, "schedule.")
 
 
 def _check(instance: Any, key: str, right: Any, wanted: str) -> None:

@@ -68,6 +68,7 @@ def load(
         ValueError: If there is no such network, option or `"imagenet"` weights, or if the weights
             do not fit.
         FileNotFoundError: If `weights` is a file that does not exist.
+        OSError: If the `"imagenet"` weights cannot be downloaded.
 
     Example:
 
@@ -99,11 +100,19 @@ def load(
         model = build(input_shape, classes, **options)
     if weights == "imagenet":
         application, _ = _IMAGENET[name]
-        model.set_weights(application(weights="imagenet").get_weights())
+        try:
+            model.set_weights(application(weights="imagenet").get_weights())
+        # Keras raises nothing more particular where it cannot download them.
+        except Exception as error:
+            raise OSError(
+                f"zoo.load: cannot get the 'imagenet' weights of {name!r} from keras.applications: "
+                f"{error}"
+            ) from error
     elif weights is not None:
         try:
             model.load_weights(weights)
-        except ValueError as error:
+        # What Keras raises depends on what is wrong with the file.
+        except Exception as error:
             raise ValueError(
                 f"zoo.load: the weights in {os.fspath(weights)!r} do not fit {name!r} with input "
                 f"{input_shape} and {classes} classes: {error}"

@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "listdir", denied)
+    monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(DataError, match=f"Cannot read {tmp_path}: Permission denied"):
         sources.find(str(tmp_path))
 
@@ -204,7 +204,7 @@ def test_an_epoch_has_every_image_once(tmp_path):
     for batches in (one.training(1, 0), one.evaluation()):
         seen = np.concatenate([images for images, _ in batches]).astype("uint8")
         assert sorted(image.tobytes() for image in seen) == expected
-    assert one.image_shape() == (32, 32, 3)
+    assert one.shape == (32, 32, 3)
 
 
 def test_evaluation_keeps_the_order_and_the_rest(tmp_path):
@@ -366,16 +366,16 @@ def test_policies_that_are_none(word, message):
 
 
 def test_settings_follow_the_recipe():
-    settings = Settings(network="resnet50", data="x", batch_size=256, input_size=64).resolved()
+    settings = Settings.of("resnet50", "x", batch_size=256, input_size=64)
     assert (settings.policy, settings.epochs) == ("dfp16", 90)
     assert settings.learning_rate == pytest.approx(0.025)
     assert (settings.recipe.images.resize, settings.recipe.images.crop) == (73, 64)
     assert settings.recipe.epochs == 90
-    chosen = Settings(network="resnet20", data="x", learning_rate=0.3, epochs=7).resolved()
+    chosen = Settings.of("resnet20", "x", learning_rate=0.3, epochs=7)
     assert chosen.recipe.schedule.learning_rate == pytest.approx(0.3)
     assert (chosen.epochs, chosen.recipe.epochs) == (7, 164)
     with pytest.raises(RunError, match="lenet takes whole images"):
-        Settings(network="lenet", data="digits", input_size=9).resolved().recipe  # noqa: B018
+        Settings.of("lenet", "digits", input_size=9).recipe  # noqa: B018
 
 
 # A step
@@ -431,8 +431,7 @@ def test_decay_is_for_kernels():
 
 
 def digits(**options):
-    options = {"network": "lenet", "data": "digits", "steps": 50, **options}
-    return Settings(**options).resolved()
+    return Settings.of("lenet", "digits", **{"steps": 50, **options})
 
 
 @pytest.fixture(scope="module")
@@ -573,8 +572,8 @@ def test_the_paper_s_policy_spares_the_first_and_the_last_layer(tmp_path):
 
 
 def test_the_paper_s_policy_spares_the_classifier_and_not_an_auxiliary_one():
-    settings = Settings(network="googlenet_v1", data="x", input_size=32, policy="dfp16_paper")
-    model = network.build(settings.resolved(), (32, 32, 3), 4)
+    settings = Settings.of("googlenet_v1", "x", input_size=32, policy="dfp16_paper")
+    model = network.build(settings, (32, 32, 3), 4)
     assert len(model.outputs) == 3
     layers = [layer for layer in model.layers if layer.weights]
     spared = [la.name for la in layers if la.dtype_policy.decide(la).format is None]
@@ -789,7 +788,7 @@ def test_response_normalization_of_keras_ops():
 @pytest.mark.slow
 def test_plain_networks_load_without_this_package(tmp_path):
     # It has what others have not: response normalisation, auxiliary outputs.
-    settings = Settings(network="googlenet_v1", data="x", input_size=32).resolved()
+    settings = Settings.of("googlenet_v1", "x", input_size=32)
     model = network.build(settings, (32, 32, 3), 4)
     plain = network.plain(model, settings)
     plain.save(tmp_path / "plain.keras")
@@ -820,12 +819,10 @@ np.save("saved.npy", loaded.serve(x))
     "KERAS_DFP_CIFAR10" not in os.environ, reason="KERAS_DFP_CIFAR10 names no folder of CIFAR-10"
 )
 def test_cifar10_learns_as_in_float32(tmp_path):
-    settings = Settings(
-        network="resnet20", data=os.environ["KERAS_DFP_CIFAR10"], steps=200, input_size=32
-    )
+    settings = Settings.of("resnet20", os.environ["KERAS_DFP_CIFAR10"], steps=200, input_size=32)
     ends = []
     for name in ("float32", "dfp16"):
-        run = comparison.start(settings, name, 1, tmp_path, settings.resolved().find_data())
+        run = comparison.start(settings, name, 1, tmp_path, settings.find_data())
         run.train()
         ends.append(np.mean(run.progress.losses[-30:]))
     # Chance is 2.3.

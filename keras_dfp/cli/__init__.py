@@ -5,7 +5,11 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C.
 
 from __future__ import annotations
 
+import errno
+from typing import Any
+
 import click
+import tensorflow as tf
 
 from keras_dfp.cli.audit import audit
 from keras_dfp.cli.bench import bench
@@ -14,18 +18,36 @@ from keras_dfp.cli.describe import describe
 from keras_dfp.cli.evaluate import evaluate
 from keras_dfp.cli.export import export
 from keras_dfp.cli.info import info
+from keras_dfp.cli.options import failure
 from keras_dfp.cli.train import train
+from keras_dfp.files import shown
+from keras_dfp.training.errors import TrainingError
+from keras_dfp.training.sources import reason
 from keras_dfp.version import __version__
 
 
 class _Group(click.Group):
-    def invoke(self, ctx: click.Context):
-        # click would exit with 1, as after a failure.
+    """Makes what is wrong through no fault of the program the line that a command ends with."""
+
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            # click would exit with 1, as after a failure.
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
+        except TrainingError as error:
+            raise failure(error) from error
+        except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+            raise failure(f"There is not enough memory, or disk. {error}") from error
+        except (tf.errors.PermissionDeniedError, tf.errors.NotFoundError) as error:
+            raise failure(reason(error)) from error
+        except OSError as error:
+            # Who reads the output may have gone: click knows what to do.
+            if error.errno == errno.EPIPE:
+                raise
+            where = f": {shown(error.filename)}" if error.filename else ""
+            raise failure(f"{error.strerror or error}{where}") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

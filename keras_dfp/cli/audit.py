@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from keras_dfp import zoo
 from keras_dfp.cli.describe import build, load
 from keras_dfp.cli.options import (
     PACKAGES,
+    PLOTS,
     POLICY_HELP,
+    OutputFile,
     PolicyType,
-    explained,
+    failure,
     require,
     settings,
+    skip_bad_images,
 )
-from keras_dfp.files import written_whole
+from keras_dfp.files import write_json
 from keras_dfp.recipe import Images
 
 # From pixels of 0 to 255: what is subtracted, and what it is divided by.
@@ -40,6 +43,7 @@ PIXELS = {"0..255": (0.0, 1.0), "0..1": (0.0, 255.0), "-1..1": (127.5, 127.5)}
     "--policy", type=PolicyType(), help=f"{POLICY_HELP}  [default: the model's, or dfp16]"
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@skip_bad_images
 @click.option(
     "--pixels",
     type=click.Choice(list(PIXELS)),
@@ -50,13 +54,13 @@ PIXELS = {"0..255": (0.0, 1.0), "0..1": (0.0, 255.0), "-1..1": (127.5, 127.5)}
 )
 @click.option(
     "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(*PLOTS),
     help="Also draw it: a PNG, PDF or SVG.",
 )
 @click.option(
     "--json",
     "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile(),
     help="Also write it as data.",
 )
 def audit(model: str, policy: str | None, plot: Path | None, json_path: Path | None, **options):
@@ -75,62 +79,70 @@ def audit(model: str, policy: str | None, plot: Path | None, json_path: Path | N
       keras-dfp audit trained.keras --data photos --pixels 0..255 --policy dfp16:mantissa_bits=12
     """
     require(*PACKAGES)
-    for path in (plot, json_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.ClickException(f"There is no folder {path.absolute().parent} to write to.")
-    with explained():
-        audited, images, labels = _prepare(model, policy, **options)
     try:
+        audited, images, labels = _prepare(model, policy, **options)
         found = keras_dfp.audit(audited, images, labels)
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise failure(error) from error
     click.echo(found)
     if plot is not None:
         found.plot(plot)
     if json_path is not None:
         rows = [{**row, "format": vars(row["format"])} for row in found.rows]
-        with written_whole(json_path) as temporary:
-            temporary.write_text(json.dumps({"loss": found.loss, "rows": rows}, indent=1))
+        write_json(json_path, {"loss": found.loss, "rows": rows})
 
 
-def _prepare(name: str, policy: str | None, data: str | None, batch_size: int, pixels: str):
+def _prepare(
+    name: str,
+    policy: str | None,
+    data: str | None,
+    batch_size: int,
+    pixels: str,
+    skip_bad: bool | None,
+) -> tuple[keras.Model, Any, Any]:
     """Returns a compiled model, a batch of images and their labels."""
     # Here and not above, because it needs optional packages.
     from keras_dfp.training import network, run
-    from keras_dfp.training.pipeline import Pipeline
     from keras_dfp.training.policies import policy as policy_of
 
     if Path(name).is_dir():
-        changes = {"data": data, "policy": policy}
+        changes = {"data": data, "policy": policy, "skip_bad": skip_bad}
         this, model = run.load(Path(name), **{k: v for k, v in changes.items() if v is not None})
-        recipe_images, normalize = this.recipe.images, zoo.preprocessing(this.network)
-        source = this.find_test_data()
+        pipeline = _of_settings(this, batch_size)
+        network.check_classes(model, pipeline.source)
+        pipeline.shape = model.input_shape[1:]
     elif name in zoo.list():
-        this = settings(name, data, policy=policy or "dfp16").resolved()
-        source = this.find_test_data()
-        recipe_images, normalize = this.recipe.images, zoo.preprocessing(this.network)
-        shape = Pipeline(source, recipe_images, 1, normalize).image_shape()
-        model = network.build(this, shape, len(source.classes))
+        this = settings(name, data, policy=policy or "dfp16", skip_bad=skip_bad)
+        pipeline = _of_settings(this, batch_size)
+        model = network.build(this, pipeline.shape, len(pipeline.source.classes))
     else:
         model = load(Path(name)) if name.endswith((".keras", ".h5")) else build(name)
         if policy is not None or not any(
             isinstance(layer.dtype_policy, keras_dfp.DFPPolicy) for layer in model._flatten_layers()
         ):
             keras_dfp.set_model_policy(model, policy_of(policy or "dfp16"))
-        recipe_images, normalize, source = _of_any_model(model, data, pixels)
-        return model, _batch(source, recipe_images, normalize, batch_size)[0], None
-    images, labels = _batch(source, recipe_images, normalize, batch_size)
+        return model, _of_any_model(model, data, pixels, batch_size, bool(skip_bad)), None
+    images, labels = next(pipeline.evaluation())
     first = keras.Model(model.inputs, model.outputs[0], dtype=model.dtype_policy)
     first.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return first, images, labels
 
 
-def _of_any_model(model: keras.Model, data: str | None, pixels: str) -> tuple[Images, Any, Any]:
+def _of_settings(this, size: int):
+    normalize = zoo.preprocessing(this.network, this.weights)
+    return _some(this.find_test_data(), this.recipe.images, normalize, size, this.skip_bad)
+
+
+def _of_any_model(
+    model: keras.Model, data: str | None, pixels: str, batch_size: int, skip_bad: bool
+) -> Any:
+    """Returns a batch of images for a model of which only the input's shape is known."""
     from keras_dfp.training import sources
 
     if data is None:
         raise click.UsageError(f"{model.name} needs --data: a folder of class folders of images.")
-    shape = model.input_shape
+    # A model that was never built has none.
+    shape = getattr(model, "input_shape", None)
     if not isinstance(shape, tuple) or len(shape) != 4 or shape[-1] not in (1, 3):
         raise click.ClickException(
             f"The command audits models of images, (batch, height, width, 1 or 3); the input of "
@@ -139,13 +151,18 @@ def _of_any_model(model: keras.Model, data: str | None, pixels: str) -> tuple[Im
     side = min(n or 224 for n in shape[1:3])
     mean, std = ((value,) * shape[-1] for value in PIXELS[pixels])
     images = Images(mean=mean, std=std, resize=side, crop=side)
-    source = sources.find_test(data, channels=shape[-1])
-    return images, lambda x: (keras.ops.cast(x, "float32") - mean) / std, source
+    source = sources.find_test(data, channels=shape[-1], skip_bad=skip_bad)
+
+    def normalize(x):
+        return (keras.ops.cast(x, "float32") - mean) / std
+
+    return next(_some(source, images, normalize, batch_size, skip_bad).evaluation())[0]
 
 
-def _batch(source, images: Images, normalize, size: int):
+def _some(source, images: Images, normalize: Callable, size: int, skip_bad: bool):
+    """Returns a pipeline of one batch."""
     from keras_dfp.training.pipeline import Pipeline
 
     # All over the source: class folders come one after the other.
     some = np.linspace(0, len(source) - 1, min(size, len(source)), dtype=int)
-    return next(Pipeline(source.subset(some), images, len(some), normalize).evaluation())
+    return Pipeline(source.subset(some), images, len(some), normalize, skip_bad)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import importlib.util
 import itertools
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -21,8 +20,8 @@ from keras_dfp.benchmarks import report, roofline
 from keras_dfp.benchmarks.networks import ALL, NETWORKS, OF_IMAGES
 from keras_dfp.benchmarks.products import DTYPES
 from keras_dfp.benchmarks.run import SCHEMA, measure
-from keras_dfp.cli.options import ListType
-from keras_dfp.files import written_whole
+from keras_dfp.cli.options import PLOTS, ListType, OutputFile, failure
+from keras_dfp.files import read_json, shown, write_json, written_whole
 
 POLICIES = ("float32", "mixed_bfloat16", "dfp16", "dfp16_paper")
 
@@ -50,15 +49,9 @@ def _isa(ctx, param, value):
     return value
 
 
-def _file(ctx, param, value):
-    """Checks before the work that a file can be written afterwards."""
-    if value is not None and not value.parent.is_dir():
-        raise click.BadParameter(f"the folder {value.parent} does not exist.")
-    if value is not None and param.name == "plot_path":
-        if importlib.util.find_spec("matplotlib") is None:
-            raise click.ClickException("--plot needs matplotlib. Install: pip install matplotlib")
-        if value.suffix not in (".png", ".svg", ".pdf"):
-            raise click.BadParameter(f"{value} must end in .png, .svg or .pdf.")
+def _plot_file(ctx, param, value):
+    if value is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException("--plot needs matplotlib. Install: pip install matplotlib")
     return value
 
 
@@ -74,7 +67,6 @@ def _options(*options) -> Callable:
     return decorate
 
 
-_path = click.Path(dir_okay=False, path_type=Path)
 _machine = _options(
     click.option("--isa", callback=_isa, help="Instruction set to force.  [default: the best]"),
     click.option(
@@ -85,10 +77,14 @@ _machine = _options(
     ),
 )
 _json = click.option(
-    "--json", "json_path", type=_path, callback=_file, help="Write the figures to this file."
+    "--json", "json_path", type=OutputFile(), help="Write the figures to this file."
 )
 _plot = click.option(
-    "--plot", "plot_path", type=_path, callback=_file, help="Draw the roofline to this file."
+    "--plot",
+    "plot_path",
+    type=OutputFile(*PLOTS),
+    callback=_plot_file,
+    help="Draw the roofline to this file.",
 )
 _against = click.option(
     "--against",
@@ -392,17 +388,22 @@ def report_(file, rows, plot_path) -> None:
       keras-dfp bench report resnet50.json >> performance.md
     """
     try:
-        document = json.loads(file.read_text())
+        document = read_json(file)
         schema = document["schema"]
     except (KeyError, TypeError, ValueError) as error:
-        raise click.ClickException(f"{file} was not written by keras-dfp bench --json.") from error
+        raise click.ClickException(
+            f"{shown(file)} was not written by keras-dfp bench --json."
+        ) from error
     if schema != SCHEMA:
         raise click.ClickException(
-            f"{file} has schema {schema}; this version reads {SCHEMA}. Measure again."
+            f"{shown(file)} has schema {schema}; this version reads {SCHEMA}. Measure again."
         )
-    click.echo(report.markdown(document, rows))
-    if plot_path:
-        _draw(document, plot_path)
+    try:
+        click.echo(report.markdown(document, rows))
+        if plot_path:
+            _draw(document, plot_path)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise failure(f"{shown(file)} is spoiled: {error!r}") from error
 
 
 # ---- running them --------------------------------------------------------------------------------
@@ -461,8 +462,7 @@ def _run(
     finally:
         document["runs"] = [run for run in document["runs"] if run["rows"]]
         if json_path and document["runs"]:
-            with written_whole(json_path) as path:
-                path.write_text(json.dumps(document, indent=1) + "\n")
+            write_json(json_path, document)
         if plot_path and document["runs"]:
             _draw(document, plot_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from keras_dfp.cli.options import (
     POLICY_HELP,
     ListType,
     PolicyType,
-    explained,
     make_folder,
     require,
     settings,
     settings_options,
 )
-from keras_dfp.files import locked
+from keras_dfp.files import locked, shown
 
 
 @click.command()
@@ -68,12 +66,11 @@ def compare(
     # Here and not above, because it needs those packages.
     from keras_dfp.training import comparison
 
-    with explained(), contextlib.ExitStack() as stack:
-        this = settings(**options).resolved()
-        output = output or Path("runs") / this.network
-        data = this.find_data()
-        make_folder(output)
-        stack.enter_context(locked(output))
+    this = settings(**options)
+    output = output or Path("runs") / this.network
+    data = this.find_data()
+    make_folder(output)
+    with locked(output):
         results = comparison.kept(output, this, data)
         for seed, policy in itertools.product(range(1, seeds + 1), policies):
             known = (policy, seed) in results
@@ -96,7 +93,9 @@ def compare(
             results[policy, seed] = comparison.Result.of(run)
             comparison.write(output, this, data, _in_order(results, policies))
         table = comparison.write(output, this, data, _in_order(results, policies))
-    click.echo(f"\n{table}\n\nIn {output}: curves.png, results.md, results.csv, results.json")
+    click.echo(
+        f"\n{table}\n\nIn {shown(output)}: curves.png, results.md, results.csv, results.json"
+    )
 
 
 def _in_order(results: dict, policies: list[str]) -> list:

@@ -10,6 +10,8 @@ import keras
 
 import keras_dfp
 from keras_dfp import zoo
+from keras_dfp.cli.options import failure
+from keras_dfp.files import check_file, shown
 
 
 @click.command()
@@ -45,17 +47,19 @@ def describe(model: str, policy: str | None) -> None:
             keras_dfp.set_model_policy(described, policy)
         report = keras_dfp.describe(described)
     except ValueError as error:
-        raise click.ClickException(str(error)) from error
+        raise failure(error) from error
     click.echo(report)
 
 
 def load(path: Path) -> keras.Model:
     """Returns the model of a file."""
     try:
+        if path.exists():
+            check_file(path)
         return keras.models.load_model(path, compile=False)
     # What Keras raises depends on what is wrong with the file.
-    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        raise click.ClickException(f"Cannot load {path}: {error}") from error
+    except Exception as error:
+        raise failure(f"Cannot load {shown(path)}: {error}") from error
 
 
 def build(name: str) -> keras.Model:

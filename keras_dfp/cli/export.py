@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 import keras
 
-from keras_dfp.cli.options import PACKAGES, explained, require
-from keras_dfp.files import written_whole
+from keras_dfp.cli.options import PACKAGES, check_folder, require
+from keras_dfp.files import shown, written_whole
 
 # What Keras's `export` calls the format of a file, and the packages that it needs for that.
 FORMATS = {".tflite": ("litert", ()), ".onnx": ("onnx", ("tf2onnx", "onnx"))}
@@ -44,22 +44,27 @@ def export(trained: Path, target: Path) -> None:
     from keras_dfp.training import network, run
 
     if target.exists():
-        raise click.ClickException(f"{target} exists already.")
-    if not target.absolute().parent.is_dir():
-        raise click.ClickException(f"There is no folder {target.absolute().parent} to write to.")
-    with explained():
-        settings, model = run.load(trained)
-        model = network.plain(model, settings)
-        with written_whole(target) as path:
-            if target.suffix == ".keras":
-                model.save(path)
-            else:
-                # Without it, Keras asks some formats' models to have been called.
-                images = keras.InputSpec("float32", model.input_shape, name="images")
-                model.export(str(path), format=file_format, verbose=False, input_signature=[images])
+        raise click.ClickException(f"{shown(target)} exists already.")
+    check_folder(target)
+    settings, model = run.load(trained)
+    model = network.plain(model, settings)
+    with written_whole(target) as path:
+        if target.suffix == ".keras":
+            model.save(path)
+        else:
+            # Without it, Keras asks some formats' models to have been called.
+            images = keras.InputSpec("float32", model.input_shape, name="images")
+            model.export(str(path), format=file_format, verbose=False, input_signature=[images])
+    if settings.weights == "imagenet":
+        click.echo(
+            f"Written to {shown(target)}. Its input: what keras.applications' preprocess_input for "
+            f"{settings.network} makes of RGB images of 0 to 255, as float32 of "
+            f"{model.input_shape[1:]}"
+        )
+        return
     images = settings.recipe.images
     click.echo(
-        f"Written to {target}. Its input: {'RGB' if len(images.mean) == 3 else 'grey'} images of 0 "
-        f"to 255, minus {list(images.mean)}, divided by {list(images.std)}, as float32 of "
-        f"{model.input_shape[1:]}"
+        f"Written to {shown(target)}. Its input: {'RGB' if len(images.mean) == 3 else 'grey'} "
+        f"images of 0 to 255, minus {list(images.mean)}, divided by {list(images.std)}, as float32 "
+        f"of {model.input_shape[1:]}"
     )

@@ -1,24 +1,26 @@
-"""What the commands that train have in common: their options, and how they fail."""
+"""What commands have in common: types of options, the options of training, how they fail."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from keras_dfp import zoo
-from keras_dfp.files import written_whole
-from keras_dfp.training.errors import TrainingError
+from keras_dfp.files import shown
 from keras_dfp.training.policies import OPTIONS, POLICIES, policy
 from keras_dfp.training.settings import Settings
 
 # What the commands need and keras-dfp's dependencies do not bring: the modules; where a package
 # has another name than its module, that name.
-PACKAGES = ("matplotlib", "scipy", "sklearn", "tensorboard", "tqdm")
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+PACKAGES = ("PIL", "matplotlib", "scipy", "sklearn", "tensorboard", "tqdm")
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 class ListType(click.ParamType):
@@ -33,6 +35,16 @@ class ListType(click.ParamType):
             return value
         items = [self.item.convert(text.strip(), param, ctx) for text in value.split(",")]
         return list(dict.fromkeys(items))
+
+
+class Number(click.FloatRange):
+    """A number in a range; not infinite, and not NaN, which is in every range."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 class PolicyType(click.ParamType):
@@ -54,6 +66,16 @@ POLICY_HELP = (
 )
 
 
+skip_bad_images = click.option(
+    "--skip-bad-images",
+    "skip_bad",
+    is_flag=True,
+    # Not False: commands that read a run have its own choice then.
+    default=None,
+    help="Report images that cannot be read and go on without them, instead of stopping.",
+)
+
+
 def settings_options(command: Callable) -> Callable:
     """Adds the argument and the options of which `settings` makes Settings, but the policy's."""
     positive = click.IntRange(min=1)
@@ -72,13 +94,13 @@ def settings_options(command: Callable) -> Callable:
         click.option(
             "--lr",
             "learning_rate",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Number(min=0, min_open=True),
             help="The highest learning rate.  [default: the recipe's, in proportion to the batch "
             "size]",
         ),
         click.option(
             "--label-smoothing",
-            type=click.FloatRange(0, 1, max_open=True),
+            type=Number(0, 1, max_open=True),
             default=0.0,
             show_default=True,
         ),
@@ -87,23 +109,28 @@ def settings_options(command: Callable) -> Callable:
         ),
         click.option(
             "--classes",
-            type=click.IntRange(min=2),
+            type=click.IntRange(2, 10**6),
             default=1000,
             show_default=True,
             help="Number of classes of TFRecords.",
         ),
         click.option(
             "--holdout",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            type=Number(0, 1, min_open=True, max_open=True),
             default=0.1,
             show_default=True,
             help="Share of the images to test on where there are none for that.",
         ),
+        skip_bad_images,
         click.option(
-            "--skip-bad-images",
-            "skip_bad",
-            is_flag=True,
-            help="Report images that cannot be read and go on without them, instead of stopping.",
+            "--weights",
+            metavar="imagenet|FILE",
+            help="Weights to start from: a .keras or .weights.h5 file of the network, or those of "
+            "keras.applications (resnet50, vgg16), downloaded at first use. For another number of "
+            "classes the classifier is a new one.  [default: random]",
+        ),
+        click.option(
+            "--freeze", is_flag=True, help="Of a network with --weights, train only the classifier."
         ),
         click.option(
             "--deterministic",
@@ -131,16 +158,12 @@ def settings(network: str, data: str | None, **options) -> Settings:
                 f"{network} needs --data: a folder of class folders of images, or of TFRecords."
             )
         data = "digits"
-    return Settings(network=network, data=data, **options)
+    return Settings.of(network, data, **options)
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Makes what is wrong with data or run the message of a failed command."""
-    try:
-        yield
-    except (TrainingError, BlockingIOError) as error:
-        raise click.ClickException(str(error)) from error
+def failure(message: Any) -> click.ClickException:
+    """Returns what ends a command with a message, on one line, however Keras has written it."""
+    return click.ClickException(" ".join(str(message).split()))
 
 
 def require(*packages: str) -> None:
@@ -157,8 +180,46 @@ def make_folder(path: Path) -> None:
     """Makes a folder to write to; says so before the work if that is not possible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with written_whole(path / ".writable") as temporary:
-            temporary.touch()
-        (path / ".writable").unlink()
+        # It never has a name, so nothing is left of it, nor in the way of another process.
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise click.ClickException(f"Cannot write to --output {path}: {error.strerror}") from error
+        raise failure(f"Cannot write to --output {shown(path)}: {error.strerror}") from error
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError as error:
+        raise failure(
+            f"--output {shown(path)} is not UTF-8; TensorFlow writes to no such names."
+        ) from error
+
+
+def check_folder(path: Path) -> None:
+    """Says before the work if a file cannot be written after it."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise failure(f"There is no folder {shown(folder)} to write to.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+        # Also where its name is too long.
+        path.exists()
+    except OSError as error:
+        raise failure(f"Cannot write to {shown(path)}: {error.strerror}.") from error
+
+
+class OutputFile(click.Path):
+    """A file to write after the work; checked before it."""
+
+    def __init__(self, *suffixes: str):
+        super().__init__(dir_okay=False, path_type=Path)
+        self.suffixes = suffixes
+
+    def convert(self, value, param, ctx):
+        path = super().convert(value, param, ctx)
+        if self.suffixes and path.suffix not in self.suffixes:
+            *others, last = self.suffixes
+            self.fail(f"{shown(path)} must end in {', '.join(others)} or {last}.", param, ctx)
+        check_folder(path)
+        return path
+
+
+# What matplotlib draws.
+PLOTS = (".png", ".svg", ".pdf")

@@ -10,12 +10,12 @@ from keras_dfp.cli.options import (
     PACKAGES,
     POLICY_HELP,
     PolicyType,
-    explained,
     make_folder,
     require,
     settings,
     settings_options,
 )
+from keras_dfp.files import shown
 
 
 @click.command()
@@ -46,6 +46,7 @@ def train(output: Path | None, resume: bool, checkpoint_steps: int, **options) -
     Examples:
       keras-dfp train
       keras-dfp train resnet20 --data cifar10 --epochs 10 --output runs/first
+      keras-dfp train resnet50 --data photos --weights imagenet --freeze
       keras-dfp train resnet50 --data imagenet --policy dfp16 --batch-size 256
       keras-dfp train resnet50 --data imagenet --policy dfp16 --batch-size 256 --resume
     """
@@ -53,39 +54,42 @@ def train(output: Path | None, resume: bool, checkpoint_steps: int, **options) -
     # Here and not above, because it needs those packages.
     from keras_dfp.training.run import Run
 
-    with explained():
-        this = settings(**options).resolved()
-        output = output or Path("runs") / f"{this.network}-{this.policy.replace(':', '-')}"
-        if (output / "run.json").exists() and not resume:
-            raise click.ClickException(
-                f"{output} holds a run already. --resume goes on with it; --output chooses another "
-                "folder."
-            )
-        data = this.find_data()
-        make_folder(output)
-        run = Run(this, output, data, resume)
-        if run.finished:
-            click.echo("It is finished already.")
-        else:
-            train_data, test_data = data
-            click.secho(
-                f"Training {this.network} under {this.policy}: {len(train_data)} images of "
-                f"{len(train_data.classes)} classes, {len(test_data)} to test on; "
-                f"{run.epochs} epochs, {run.steps} steps"
-                + (f", of which {run.progress.step} done" if run.progress.step else ""),
-                bold=True,
-            )
-        try:
-            run.train(checkpoint_steps)
-        except KeyboardInterrupt:
-            click.echo(f"\nStopped after step {run.progress.step}; --resume goes on.", err=True)
-            raise
+    this = settings(**options)
+    output = output or Path("runs") / f"{this.network}-{this.policy.replace(':', '-')}"
+    if (output / "run.json").exists() and not resume:
+        raise click.ClickException(
+            f"{shown(output)} holds a run already. --resume goes on with it; --output chooses "
+            "another folder."
+        )
+    data = this.find_data()
+    make_folder(output)
+    run = Run(this, output, data, resume)
+    if run.finished:
+        click.echo("It is finished already.")
+    else:
+        train_data, test_data = data
+        click.secho(
+            f"Training {this.network} under {this.policy}: {len(train_data)} images of "
+            f"{len(train_data.classes)} classes, {len(test_data)} to test on; "
+            f"{run.epochs} epochs, {run.steps} steps"
+            + (f", of which {run.progress.step} done" if run.progress.step else ""),
+            bold=True,
+        )
+    if run.new_classifier:
+        click.echo(
+            f"Its classifier is new: the weights of {shown(this.weights)} are for other classes."
+        )
+    try:
+        run.train(checkpoint_steps)
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped after step {run.progress.step}; --resume goes on.", err=True)
+        raise
     if run.progress.diverged:
         raise click.ClickException(
             f"The loss is no longer a number after step {run.progress.diverged}. Try a lower --lr."
         )
     result = run.progress.history[-1]
     click.echo(
-        f"\ntest top-1 {result['test_top1']:.2%}, top-5 {result['test_top5']:.2%}. In {output}: "
-        "model.keras, log.csv, tensorboard/"
+        f"\ntest top-1 {result['test_top1']:.2%}, top-5 {result['test_top5']:.2%}. "
+        f"In {shown(output)}: model.keras, log.csv, tensorboard/"
     )

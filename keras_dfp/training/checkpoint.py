@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dfp.files import written_whole
+from keras_dfp.files import check_file, shown, written_whole
 from keras_dfp.training.errors import RunError
 
 
@@ -33,16 +32,19 @@ def load(path: Path, variables: Sequence[keras.Variable] = ()) -> dict[str, Any]
         RunError: If the file is no checkpoint, or not one of these variables.
     """
     try:
+        check_file(path)
         with np.load(path) as file:
             state = json.loads(str(file["state"]))
             arrays = [file[str(number)] for number in range(len(variables))]
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is not a checkpoint of this model: {error}") from error
+    # What NumPy raises depends on what is wrong with the file.
+    except Exception as error:
+        raise RunError(f"{shown(path)} is not a checkpoint of this model: {error!r}") from error
     for variable, array in zip(variables, arrays, strict=True):
-        if array.shape != tuple(variable.shape):
+        if array.shape != tuple(variable.shape) or array.dtype != variable.dtype:
             raise RunError(
-                f"{path} is of another model: {variable.path} has shape {tuple(variable.shape)}, "
-                f"in the file {array.shape}."
+                f"{shown(path)} is of another model: {variable.path} has shape "
+                f"{tuple(variable.shape)} and dtype {variable.dtype}, in the file {array.shape} "
+                f"and {array.dtype}."
             )
         variable.assign(array)
     return state

@@ -7,7 +7,6 @@ between two policies is paired, and what the seeds have in common cancels out.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from keras_dfp.files import written_whole
+from keras_dfp import tables
+from keras_dfp.files import read_json, shown, write_json, write_text, written_whole
 from keras_dfp.training.errors import RunError
-from keras_dfp.training.log import Row, write_csv
+from keras_dfp.training.log import Row, check_rows, write_csv
 from keras_dfp.training.run import Run
 from keras_dfp.training.settings import Settings
 from keras_dfp.training.sources import Source
@@ -27,6 +27,8 @@ from keras_dfp.training.sources import Source
 POINTS = 200
 # Of a run's last epoch, what is compared in pairs.
 COMPARED = ("loss", "test_loss", "test_top1")
+# And what is shown beside it.
+SHOWN = ("test_top5", "images_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Result:
     losses: list[float]
     history: list[Row]
     diverged: int | None
+
+    def __post_init__(self) -> None:
+        check_rows(self.history, (*COMPARED, *SHOWN))
 
     @classmethod
     def of(cls, run: Run) -> Result:
@@ -83,7 +88,7 @@ def kept(
 
     Args:
         folder: The study's.
-        settings: The study's, resolved.
+        settings: The study's.
         data: `settings.find_data()`.
 
     Raises:
@@ -93,16 +98,29 @@ def kept(
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         different = settings.differences(content, settings.facts(data), ("policy", "seed"))
         results = [
-            Result(**{**each, "steps": each["losses"]["steps"], "losses": each["losses"]["means"]})
+            tables.make(
+                Result,
+                {**each, "steps": each["losses"]["steps"], "losses": each["losses"]["means"]},
+                "runs.",
+                finite=False,
+            )
             for each in content["runs"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} does not hold results of a comparison: {error!r}") from error
+        raise RunError(f"{shown(path)} does not hold results of a comparison: {error!r}") from error
     if different:
-        raise RunError(f"{path} holds the results of another study: {'; '.join(different)}.")
+        raise RunError(f"{shown(path)} holds the results of another study: {'; '.join(different)}.")
+    # Means and bands need the same points of all.
+    whole = [result for result in results if result.diverged is None]
+    lengths = {(len(r.steps), len(r.losses), len(r.history)) for r in whole}
+    if len(lengths) > 1 or any(min(each) < 1 or each[0] != each[1] for each in lengths):
+        raise RunError(
+            f"{shown(path)} does not hold results of a comparison: its curves and histories are "
+            "not equally long."
+        )
     return {(result.policy, result.seed): result for result in results}
 
 
@@ -129,7 +147,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         mine, first = of(policy), of(policies[0])
         means = {
             key: float(np.mean([row[key] for row in mine.values()])) if mine else None
-            for key in ("loss", "test_loss", "test_top1", "test_top5", "images_per_second")
+            for key in (*COMPARED, *SHOWN)
         }
         top1 = [row["test_top1"] for row in mine.values()]
         shared = [seed for seed in mine if seed in first and policy != policies[0]]
@@ -234,7 +252,7 @@ def write(
 
     Args:
         folder: The study's.
-        settings: The study's, resolved.
+        settings: The study's.
         data: `settings.find_data()`.
         results: All there are.
     """
@@ -258,10 +276,8 @@ def write(
             for result in results
         ],
     }
-    with written_whole(folder / "results.json") as path:
-        path.write_text(json.dumps(content, indent=1))
-    with written_whole(folder / "results.md") as path:
-        path.write_text(f"{table(rows)}\n")
+    write_json(folder / "results.json", content)
+    write_text(folder / "results.md", f"{table(rows)}\n")
     with written_whole(folder / "curves.png") as path:
         plot(results, path)
     return table(rows)

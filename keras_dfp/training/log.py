@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tensorflow as tf
 from tqdm import tqdm
 
-from keras_dfp.files import written_whole
+from keras_dfp.files import shown, written_whole
+from keras_dfp.training.errors import RunError
+from keras_dfp.training.sources import reason
 
 # Steps between points in TensorBoard.
 INTERVAL = 10
 
-Row = dict[str, float]
+Row = dict[str, int | float]
+# What there is of an epoch.
+KEYS = (
+    *("epoch", "step", "learning_rate", "loss", "top1", "top5"),
+    *("test_loss", "test_top1", "test_top5", "seconds", "images_per_second"),
+)
 
 
 class Log:
@@ -33,7 +42,9 @@ class Log:
         self.bar = tqdm(
             total=images, initial=done, unit="img", disable=None, dynamic_ncols=True, smoothing=0.05
         )
-        self.writer = tf.summary.create_file_writer(str(folder / "tensorboard"))
+        with self._writing():
+            self.writer = tf.summary.create_file_writer(str(folder / "tensorboard"))
+            self.writer.flush()
 
     def step(self, step: int, images: int, loss: float, rate: float) -> None:
         """Notes a step of training on some images."""
@@ -58,13 +69,29 @@ class Log:
 
     def close(self) -> None:
         self.bar.close()
-        self.writer.close()
+        with self._writing():
+            self.writer.close()
 
     def _summaries(self, step: int, values: Row) -> None:
-        with self.writer.as_default(step):
+        with self._writing(), self.writer.as_default(step):
             for key, value in values.items():
                 tf.summary.scalar(key, value)
-        self.writer.flush()
+            self.writer.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except tf.errors.OpError as error:
+            folder = shown(self.folder / "tensorboard")
+            raise RunError(f"Cannot write to {folder}: {reason(error)}") from error
+
+
+def check_rows(rows: list[Row], keys: Sequence[str] = KEYS) -> None:
+    """Raises ValueError if rows that were read from a file are not those of epochs."""
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"the history of epoch {number} lacks {', '.join(missing)}.")
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

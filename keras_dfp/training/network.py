@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_dfp import zoo
+from keras_dfp.files import check_file, shown
 from keras_dfp.layers import LocalResponseNormalization
 from keras_dfp.model_policy import set_model_policy
 from keras_dfp.optimizers import DFPSGD, DFPAdam
@@ -23,6 +26,8 @@ from keras_dfp.training.settings import Settings
 from keras_dfp.training.sources import Source
 
 Step = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+# The layer that tells the classes apart, in every network of the zoo.
+CLASSIFIER = "predictions"
 
 
 class Stopped(Exception):
@@ -55,20 +60,73 @@ def build(
         ) from error
 
 
-def pretrained(settings: Settings, weights: str) -> keras.Model:
+def pretrained(settings: Settings) -> keras.Model:
     """Returns the network with weights from elsewhere, to be tested: its outputs are logits.
 
     Args:
-        settings: Say which network, and its policy.
-        weights: As for `zoo.load`.
+        settings: Say which network, which weights, and its policy.
 
     Raises:
         RunError: If there are no such weights, or they do not fit.
     """
     try:
-        return _load(settings, weights=weights, classifier_activation=None)
+        return _load(settings, weights=settings.weights, classifier_activation=None)
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
+
+
+def start_from(weights: str, model: keras.Model, settings: Settings) -> bool:
+    """Gives a network, of what `build` returns, weights to start from.
+
+    Auxiliary classifiers stay as they are, and so does the classifier if the weights are for
+    another number of classes.
+
+    Args:
+        weights: As for `zoo.load`: `"imagenet"`, which may download them, or a file.
+        model: The network.
+        settings: Say which it is.
+
+    Returns:
+        Whether the classifier stayed as it was.
+
+    Raises:
+        RunError: If there are no such weights, or others than the classifier's do not fit.
+    """
+    main = keras.Model(model.inputs, model.outputs[0])
+    try:
+        if weights == "imagenet":
+            source = zoo.load(settings.network, main.input_shape[1:], weights=weights)
+        else:
+            source = _partly_loaded(weights, main, settings)
+    except (ValueError, OSError) as error:
+        raise RunError(
+            f"{settings.network} cannot start from the weights {shown(weights)!r}: {error}"
+            f"{' Or choose a file: --weights FILE.' if weights == 'imagenet' else ''}"
+        ) from error
+    is_new = False
+    layers = ([layer for layer in each.layers if _floats(layer)] for each in (main, source))
+    for layer, theirs in zip(*layers, strict=True):
+        mine = _floats(layer)
+        arrays = [weight.numpy() for weight in _floats(theirs)]
+        fits = [array.shape for array in arrays] == [tuple(weight.shape) for weight in mine]
+        if fits and all(np.isfinite(array).all() for array in arrays):
+            for weight, array in zip(mine, arrays, strict=True):
+                weight.assign(array)
+        elif layer.name == CLASSIFIER:
+            is_new = True
+        else:
+            raise RunError(
+                f"{settings.network} cannot start from the weights {shown(weights)!r}: they hold "
+                f"none, or none that fit, for its layer {layer.name!r}; only those of the "
+                "classifier may be missing, or for other classes."
+            )
+    return is_new
+
+
+def freeze(model: keras.Model) -> None:
+    """Leaves only the classifier of a network to be trained."""
+    for layer in model.layers:
+        layer.trainable = layer.name == CLASSIFIER
 
 
 def check_classes(model: keras.Model, source: Source) -> None:
@@ -197,6 +255,28 @@ def evaluate(step: Step, pipeline: Pipeline, interrupted: Sequence = ()) -> dict
 def is_kernel(weight: keras.Variable) -> bool:
     """Tells what weight decay is for: what multiplies; not biases, not batch norm."""
     return weight.name.endswith("kernel")
+
+
+def _partly_loaded(weights: str, main: keras.Model, settings: Settings) -> keras.Model:
+    """Returns the network with the weights of a file; what the file has not, or not so, is NaN."""
+    check_file(Path(weights))
+    classes = main.output_shape[-1]
+    source = zoo.load(settings.network, main.input_shape[1:], classes, policy="float32")
+    for weight in _floats(source):
+        weight.assign(np.full(weight.shape, np.nan))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            source.load_weights(weights, skip_mismatch=True)
+        # What Keras raises depends on what is wrong with the file.
+        except Exception as error:
+            raise ValueError(f"it cannot be read: {error}") from error
+    return source
+
+
+def _floats(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the weights of a layer; not the states of its random numbers, which are the run's."""
+    return [weight for weight in layer.weights if keras.backend.is_float_dtype(weight.dtype)]
 
 
 def _load(settings: Settings, **options) -> keras.Model:

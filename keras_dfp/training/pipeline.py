@@ -6,6 +6,8 @@ batches, and a run can begin in the middle of an epoch.
 
 from __future__ import annotations
 
+import collections
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -14,9 +16,11 @@ import tensorflow as tf
 
 from keras_dfp.recipe import Images
 from keras_dfp.training.errors import DataError
-from keras_dfp.training.sources import Source, reason
+from keras_dfp.training.sources import ERRORS, Source, reason
 
 Batch = tuple[tf.Tensor, tf.Tensor]
+# Images that are looked at to learn the size of whole ones.
+SAMPLE = 50
 
 
 class Pipeline:
@@ -33,6 +37,9 @@ class Pipeline:
 
     Attributes:
         bad: Numbers of the images found to be unreadable.
+        shape: Height, width and channels of what the network gets. Where the recipe takes whole
+            images, that of most of them; the others cannot be read. May be assigned: that of
+            another pipeline of the same network.
     """
 
     def __init__(
@@ -55,10 +62,25 @@ class Pipeline:
         """Batches in an epoch of training; what is left over by them is left out of it."""
         return len(self.source) // self.batch_size
 
-    def image_shape(self) -> tuple[int, int, int]:
-        """Returns height, width and channels of what the network gets, from the first images."""
-        images, _ = next(self.evaluation())
-        return tuple(images.shape[1:])
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int]:
+        crop, channels = self.images.crop, len(self.images.mean)
+        if crop is not None:
+            return crop, crop, channels
+        # All over the source: one that is wrong does not decide, nor a folder of them.
+        some = np.linspace(0, len(self.source) - 1, min(SAMPLE, len(self.source)), dtype=int)
+        shapes: collections.Counter[tuple[int, int, int]] = collections.Counter()
+        for index in some.tolist():
+            try:
+                image = prepare(self.source.read(tf.constant(index))[0], self.images, lambda x: x)
+            except ERRORS as error:
+                if not self.skip_bad:
+                    raise DataError(self._cannot_read(index, error)) from error
+            else:
+                shapes[tuple(image.shape)] += 1
+        if not shapes:
+            raise DataError("None of the images can be read.")
+        return shapes.most_common(1)[0][0]
 
     def training(self, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch of training, from batch `first` on: `steps - first`.
@@ -66,6 +88,7 @@ class Pipeline:
         An epoch is a random order of all images. If unreadable ones are missing from it, it starts
         again from its beginning until all batches are full.
         """
+        shape = self.shape
         random = np.random.default_rng((seed, epoch))
         everything = random.permutation(len(self.source))
         # Drawn here and not in the graph, where it would be a fifth of the work on a small image.
@@ -76,16 +99,18 @@ class Pipeline:
 
         def example(index, noise):
             image, label = self.source.read(index)
-            return prepare(image, self.images, self.normalize, noise), label
+            image = prepare(image, self.images, self.normalize, noise)
+            return _of_shape(image, shape), label
 
         return self._batches(order, example, first, noise)
 
     def evaluation(self) -> Iterator[Batch]:
         """Yields all images once, in their own order; the last batch may be smaller."""
+        shape = self.shape
 
         def example(index):
             image, label = self.source.read(index)
-            return prepare(image, self.images, self.normalize), label
+            return _of_shape(prepare(image, self.images, self.normalize), shape), label
 
         return self._batches(lambda: self._readable(np.arange(len(self.source))), example)
 
@@ -119,7 +144,7 @@ class Pipeline:
             while len(indices):
                 try:
                     batch = next(iterator)
-                except tf.errors.OpError as error:
+                except ERRORS as error:
                     self._find_bad(indices[:size], example, of_each, error)
                     break
                 yield batch
@@ -127,22 +152,25 @@ class Pipeline:
             else:
                 return
 
-    def _find_bad(self, indices, example, of_each, error: tf.errors.OpError) -> None:
+    def _find_bad(self, indices, example, of_each, error: Exception) -> None:
         """Finds and reports the images of a batch that cannot be read."""
         found = False
         for index in indices.tolist():
             try:
                 example(tf.constant(index), *(tf.constant(rows[index]) for rows in of_each))
-            except tf.errors.OpError as cause:
+            except ERRORS as cause:
                 found = True
-                message = f"Cannot read {self.source.name(index)}: {reason(cause)}"
                 if not self.skip_bad:
-                    raise DataError(f"{message} (--skip-bad-images goes on without)") from cause
-                warnings.warn(f"Skipped. {message}", stacklevel=2)
+                    raise DataError(self._cannot_read(index, cause)) from cause
+                warnings.warn(f"Skipped. {self._cannot_read(index, cause)}", stacklevel=2)
                 self.bad.add(index)
         if not found:
-            # Each image is good, but not beside the others: whole images of different sizes.
+            # Perhaps they could be read a moment later.
             raise DataError(f"Cannot make a batch of images: {reason(error)}") from error
+
+    def _cannot_read(self, index: int, error: Exception) -> str:
+        advice = "" if self.skip_bad else " (--skip-bad-images goes on without)"
+        return f"Cannot read {self.source.name(index)}: {reason(error)}{advice}"
 
 
 def prepare(
@@ -183,6 +211,16 @@ def prepare(
     if images.mirror and noise is not None:
         image = tf.where(noise[2] < 0.5, image, image[:, ::-1])
     return image
+
+
+def _of_shape(image: tf.Tensor, shape: tuple[int, int, int]) -> tf.Tensor:
+    """Returns an image, which must have this shape."""
+    right = tf.debugging.Assert(
+        tf.reduce_all(tf.shape(image) == shape),
+        ["its size is", tf.shape(image), "but the network's input", list(shape)],
+    )
+    with tf.control_dependencies([] if right is None else [right]):
+        return tf.ensure_shape(tf.identity(image), shape)
 
 
 def _resized(image: tf.Tensor, side: int) -> tf.Tensor:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -26,12 +27,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dfp import zoo
-from keras_dfp.files import locked, written_whole
+from keras_dfp import tables, zoo
+from keras_dfp.files import locked, read_json, shown, written_whole
 from keras_dfp.recipe import Plateau
 from keras_dfp.training import checkpoint, network
 from keras_dfp.training.errors import DataError, RunError
-from keras_dfp.training.log import Log, Row, write_csv
+from keras_dfp.training.log import Log, Row, check_rows, write_csv
 from keras_dfp.training.network import Stopped
 from keras_dfp.training.pipeline import Pipeline
 from keras_dfp.training.schedule import Plateaus, learning_rate
@@ -62,9 +63,38 @@ class Progress:
     bad: list[list[int]] = dataclasses.field(default_factory=lambda: [[], []])
     diverged: int | None = None
 
-    @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> Progress:
-        return cls(**{**state, "plateaus": Plateaus(**state["plateaus"])})
+    def __post_init__(self) -> None:
+        check_rows(self.history)
+        if len(self.losses) != self.step or len(self.sums) != 5 or len(self.bad) != 2:
+            raise ValueError(
+                "there must be a loss for each step, five sums and two lists of bad images; got "
+                f"{len(self.losses)} for {self.step}, {len(self.sums)} and {len(self.bad)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What `run.json` holds: settings, and what else makes a run what it is.
+
+    Attributes:
+        settings: The run's.
+        input_shape: Height, width and channels of an image.
+        recipe: The recipe, as it was.
+        classes: The names of the classes.
+        images: How many there were to train on, and to test on.
+        versions: Of what wrote it.
+    """
+
+    settings: Settings
+    input_shape: list[int]
+    recipe: dict[str, Any]
+    classes: list[str]
+    images: list[int]
+    versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if len(self.input_shape) != 3 or min(self.input_shape) < 1:
+            raise ValueError(f"input_shape must be three sizes above 0; got {self.input_shape!r}.")
 
 
 class Run:
@@ -78,25 +108,32 @@ class Run:
 
     Raises:
         RunError: If the folder holds a run and `resume` is false, or another run; if the network
-            cannot be built for such images.
+            cannot be built for such images; if there are no such weights to start from.
+
+    Attributes:
+        new_classifier: Whether the weights that it starts from are for other classes, so that the
+            classifier is a new one.
     """
 
     def __init__(
         self, settings: Settings, folder: Path, data: tuple[Source, Source], resume: bool = False
     ):
-        self.settings = settings = settings.resolved()
+        self.settings = settings
         self.folder = folder
         self.training, self.test = (
             Pipeline(
                 source,
                 settings.recipe.images,
                 settings.batch_size,
-                zoo.preprocessing(settings.network),
+                zoo.preprocessing(settings.network, settings.weights),
                 settings.skip_bad,
             )
             for source in data
         )
-        if not self.training.steps:
+        # Of whole images, all have the same size.
+        if self.training.steps:
+            self.test.shape = self.training.shape
+        else:
             raise RunError(
                 f"A batch of {settings.batch_size} images is more than the "
                 f"{len(data[0])} there are to train on."
@@ -109,8 +146,12 @@ class Run:
         keras.utils.set_random_seed(settings.seed)
         if settings.deterministic:
             tf.config.experimental.enable_op_determinism()
-        shape = self.training.image_shape()
-        self.model = network.build(settings, shape, len(data[0].classes))
+        self.model = network.build(settings, self.training.shape, len(data[0].classes))
+        self.new_classifier = False
+        if settings.weights is not None and not self._checkpoint.exists():
+            self.new_classifier = network.start_from(settings.weights, self.model, settings)
+        if settings.freeze:
+            network.freeze(self.model)
         self.optimizer = network.optimizer(settings.recipe)
         self.optimizer.build(self.model.trainable_variables)
         self._train_step = network.train_step(
@@ -118,7 +159,7 @@ class Run:
         )
         self._test_step = network.test_step(self.model)
         self.progress = Progress()
-        self._open(resume, {"input_shape": list(shape), **settings.facts(data)})
+        self._open(resume, {"input_shape": list(self.training.shape), **settings.facts(data)})
 
     @property
     def finished(self) -> bool:
@@ -144,6 +185,8 @@ class Run:
             # What a process that was killed while it wrote has left.
             for folder in self.folder.glob(".writing-*"):
                 shutil.rmtree(folder)
+            # Perhaps another process has come further in the meantime.
+            self._load()
             if not self.finished:
                 self._train(checkpoint_steps)
             # Also when the run was killed just before.
@@ -180,37 +223,70 @@ class Run:
         """Writes a checkpoint."""
         self.progress.bad = [sorted(part.bad) for part in (self.training, self.test)]
         checkpoint.save(
-            self.folder / "checkpoint.npz",
+            self._checkpoint,
             [*self.model.variables, *self.optimizer.variables],
             dataclasses.asdict(self.progress),
         )
 
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.npz"
+
     def _open(self, resume: bool, model: dict[str, Any]) -> None:
         """Goes on with the run in the folder, or starts one."""
-        this = {"settings": dataclasses.asdict(self.settings), **model}
-        if not (self.folder / "run.json").exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            versions = {
-                "keras_dfp": __version__,
-                "keras": keras.__version__,
-                "tensorflow": tf.__version__,
-            }
-            with written_whole(self.folder / "run.json") as path:
-                path.write_text(json.dumps({**this, "versions": versions}, indent=1))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._started(model):
             return
         if not resume:
-            raise RunError(f"{self.folder} holds a run already.")
-        known = read(self.folder)
+            raise RunError(f"{shown(self.folder)} holds a run already.")
+        known = dataclasses.asdict(read(self.folder))
         if different := self.settings.differences(known, model):
-            raise RunError(f"{self.folder} holds another run: {'; '.join(different)}.")
-        if (self.folder / "checkpoint.npz").exists():
-            state = checkpoint.load(
-                self.folder / "checkpoint.npz", [*self.model.variables, *self.optimizer.variables]
+            raise RunError(f"{shown(self.folder)} holds another run: {'; '.join(different)}.")
+        self._load()
+
+    def _started(self, model: dict[str, Any]) -> bool:
+        """Writes `run.json`, unless there is one; returns whether it did."""
+        path = self.folder / "run.json"
+        if path.exists():
+            return False
+        versions = {
+            "keras_dfp": __version__,
+            "keras": keras.__version__,
+            "tensorflow": tf.__version__,
+        }
+        content = {"settings": dataclasses.asdict(self.settings), **model, "versions": versions}
+        try:
+            with written_whole(path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1))
+                # Of processes that start at once, one succeeds; renaming, they all would.
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    raise
+                except OSError:
+                    # Some file systems have no links.
+                    pass
+        except FileExistsError:
+            return False
+        return True
+
+    def _load(self) -> None:
+        """Goes on from the checkpoint, if there is one."""
+        if not self._checkpoint.exists():
+            return
+        variables = [*self.model.variables, *self.optimizer.variables]
+        progress = _progress(self._checkpoint, checkpoint.load(self._checkpoint, variables))
+        done, size = len(progress.history), self.training.steps
+        open_epoch = done * size <= progress.step <= min((done + 1) * size, self.steps)
+        if not open_epoch and (progress.step, done) != (self.steps, self.epochs):
+            raise RunError(
+                f"{shown(self._checkpoint)} is spoiled: {progress.step} steps and {done} epochs of "
+                f"{size} steps do not go together."
             )
-            self.progress = Progress.from_dict(state)
-            self.training.bad, self.test.bad = map(set, self.progress.bad)
-            if self.progress.history:
-                write_csv(self.folder / "log.csv", self.progress.history)
+        self.progress = progress
+        self.training.bad, self.test.bad = map(set, progress.bad)
+        if progress.history:
+            write_csv(self.folder / "log.csv", progress.history)
 
     @property
     def _epoch_is_open(self) -> bool:
@@ -267,16 +343,22 @@ class Run:
             progress.plateaus.update(schedule, test["top1"], patience)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Returns the content of a run's `run.json`.
+def read(folder: Path) -> Facts:
+    """Returns what a run's `run.json` says.
 
     Raises:
-        RunError: If the folder holds no run.
+        RunError: If the folder holds no run, or one of another version.
     """
     try:
-        return json.loads((folder / "run.json").read_text())
+        content = read_json(folder / "run.json")
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder} is not the folder of a run: {error}") from error
+        raise RunError(f"{shown(folder)} is not the folder of a run: {error}") from error
+    try:
+        return tables.make(Facts, content)
+    except ValueError as error:
+        raise RunError(
+            f"{shown(folder / 'run.json')} is spoiled, or of another version of keras-dfp: {error}"
+        ) from error
 
 
 def load(folder: Path, **changes: Any) -> tuple[Settings, keras.Model]:
@@ -290,17 +372,28 @@ def load(folder: Path, **changes: Any) -> tuple[Settings, keras.Model]:
         RunError: If the folder holds no run, or one without a checkpoint, or one that diverged.
     """
     known = read(folder)
-    settings = Settings(**{**known["settings"], **changes})
-    if not (folder / "checkpoint.npz").exists():
-        raise RunError(f"The run in {folder} has no checkpoint yet.")
-    model = network.build(settings, tuple(known["input_shape"]), len(known["classes"]))
-    diverged = checkpoint.load(folder / "checkpoint.npz", model.variables)["diverged"]
-    if diverged is not None:
+    settings = dataclasses.replace(known.settings, **changes)
+    path = folder / "checkpoint.npz"
+    if not path.exists():
+        raise RunError(f"The run in {shown(folder)} has no checkpoint yet.")
+    height, width, channels = known.input_shape
+    model = network.build(settings, (height, width, channels), len(known.classes))
+    progress = _progress(path, checkpoint.load(path, model.variables))
+    if progress.diverged is not None:
         raise RunError(
-            f"The run in {folder} has no trained network: its loss was no longer a number after "
-            f"step {diverged}."
+            f"The run in {shown(folder)} has no trained network: its loss was no longer a number "
+            f"after step {progress.diverged}."
         )
     return settings, model
+
+
+def _progress(path: Path, state: Any) -> Progress:
+    try:
+        return tables.make(Progress, state, finite=False)
+    except ValueError as error:
+        raise RunError(
+            f"{shown(path)} is spoiled, or of another version of keras-dfp: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,58 +17,104 @@ from keras_dfp.training.errors import RunError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run is. `None` stands for the recipe's value.
+    """What a run is; `Settings.of` takes from the recipe what nobody has chosen.
 
     Attributes:
         network: One of `zoo.list()`.
         data: As for `sources.find`.
         policy: As for `policies.policy`.
-        seed: Of initial weights, order, augmentation and dropout.
         epochs: Length of the training. The recipe's schedule is stretched or compressed to it.
-        steps: The same in steps; goes before `epochs`.
-        batch_size: Images in a step; the learning rate changes in proportion to it.
-        learning_rate: The highest learning rate, instead of the recipe's.
+        batch_size: Images in a step.
+        learning_rate: The highest learning rate.
+        input_size: Pixels of a side of the network's input; `None` where it takes whole images.
+        steps: The length in steps; goes before `epochs`.
+        seed: Of initial weights, order, augmentation and dropout.
         label_smoothing: Share of the label that is spread over all classes.
-        input_size: Pixels of a side of the network's input.
         classes: Number of classes of TFRecords.
         holdout: Share of the data to test on where they have no part for that.
         skip_bad: Whether unreadable images are skipped; they stop the run otherwise.
         deterministic: Whether TensorFlow's ops are made to give the same bits in every run.
+        weights: `"imagenet"` or a file, as for `zoo.load`, to start from; `None`: random ones.
+        freeze: Whether only the classifier is trained.
+
+    Raises:
+        RunError: If a value is out of its range.
     """
 
     network: str
     data: str
-    policy: str | None = None
-    seed: int = 1
-    epochs: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    label_smoothing: float = 0.0
+    policy: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
     input_size: int | None = None
+    steps: int | None = None
+    seed: int = 1
+    label_smoothing: float = 0.0
     classes: int = 1000
     holdout: float = 0.1
     skip_bad: bool = False
     deterministic: bool = False
+    weights: str | None = None
+    freeze: bool = False
 
-    def resolved(self) -> Settings:
-        """Returns these settings with the recipe's values where there were none."""
-        recipe = zoo.recipe(self.network)
-        batch_size = self.batch_size or recipe.batch_size
-        rate = self.learning_rate or recipe.scaled(batch_size).schedule.learning_rate
-        return dataclasses.replace(
-            self,
-            policy=self.policy or recipe.policy,
-            epochs=self.epochs or recipe.epochs,
-            batch_size=batch_size,
-            learning_rate=rate,
-            input_size=self.input_size or recipe.images.crop,
-        )
+    def __post_init__(self) -> None:
+        for name, right, wanted in (
+            ("epochs", self.epochs > 0, "above 0"),
+            ("steps", self.steps is None or self.steps > 0, "above 0"),
+            ("batch_size", self.batch_size > 0, "above 0"),
+            (
+                "learning_rate",
+                self.learning_rate > 0 and math.isfinite(self.learning_rate),
+                "above 0 and finite",
+            ),
+            ("input_size", self.input_size is None or self.input_size > 0, "above 0"),
+            ("seed", 0 <= self.seed < 2**31, "at least 0 and below 2**31"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
+            ("classes", self.classes > 1, "at least 2"),
+            ("holdout", 0 < self.holdout < 1, "above 0 and below 1"),
+        ):
+            if not right:
+                raise RunError(f"{name} must be {wanted}; got {getattr(self, name)!r}.")
+        if self.weights == "imagenet":
+            try:
+                zoo.preprocessing(self.network, self.weights)
+            except ValueError as error:
+                raise RunError(f"{error} Or choose a file: --weights FILE.") from error
+        if self.freeze and self.weights is None:
+            raise RunError(
+                "Random weights cannot be frozen: freeze needs weights to start from (--weights)."
+            )
+
+    @classmethod
+    def of(cls, network: str, data: str, **chosen: Any) -> Settings:
+        """Returns settings by the network's recipe.
+
+        Args:
+            network: One of `zoo.list()`.
+            data: As for `sources.find`.
+            **chosen: Other attributes; `None` stands for the recipe's value, or else the default.
+                The recipe's learning rate changes in proportion to the batch size.
+
+        Raises:
+            RunError: If there is no such network, its recipe is wrong, or a value is.
+        """
+        given = {key: value for key, value in chosen.items() if value is not None}
+        recipe = _recipe(network)
+        batch_size = given.get("batch_size", recipe.batch_size)
+        by_recipe = {
+            "policy": recipe.policy,
+            "epochs": recipe.epochs,
+            "batch_size": batch_size,
+            "learning_rate": recipe.scaled(batch_size).schedule.learning_rate,
+            "input_size": recipe.images.crop,
+        }
+        return cls(network=network, data=data, **{**by_recipe, **given})
 
     def differences(
         self, known: dict[str, Any], facts: dict[str, Any], ignore: Sequence[str] = ()
     ) -> list[str]:
-        """Returns, in words, what a file says that these (resolved) settings and facts do not.
+        """Returns, in words, what a file says that these settings and facts do not.
 
         Args:
             known: What the file holds: `settings`, and facts beside them. Where the data were does
@@ -76,17 +123,19 @@ class Settings:
             facts: What `facts` returns, and more of the kind.
             ignore: Other settings that do not matter.
         """
-        settings = known["settings"]
+        # Of what an older version did not know, the default was what it did.
+        settings = {field.name: field.default for field in dataclasses.fields(self)}
+        settings.update(known["settings"])
         return [
-            f"{key} is {settings.get(key)}, not {value}"
+            f"{key} is {settings[key]}, not {value}"
             for key, value in dataclasses.asdict(self).items()
-            if key not in ("data", "skip_bad", *ignore) and settings.get(key) != value
+            if key not in ("data", "skip_bad", *ignore) and settings[key] != value
         ] + [f"not the same {key}" for key, value in facts.items() if known.get(key) != value]
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        """The network's recipe with these (resolved) settings; `epochs` stays the recipe's own."""
-        recipe = zoo.recipe(self.network).scaled(self.batch_size)
+        """The network's recipe with these settings; `epochs` stays the recipe's own."""
+        recipe = _recipe(self.network).scaled(self.batch_size)
         schedule = recipe.schedule
         ratio = self.learning_rate / schedule.learning_rate
         schedule = dataclasses.replace(
@@ -102,7 +151,7 @@ class Settings:
         return recipe.resized(self.input_size)
 
     def facts(self, data: tuple[sources.Source, sources.Source]) -> dict[str, Any]:
-        """Returns what else makes (resolved) settings and their data what they are, for JSON.
+        """Returns what else makes settings and their data what they are, for JSON.
 
         What is stored of a run begins with it, so that nothing goes on under another recipe, or
         with other images.
@@ -141,4 +190,12 @@ class Settings:
             "channels": len(self.recipe.images.mean),
             "classes": self.classes,
             "holdout": self.holdout,
+            "skip_bad": self.skip_bad,
         }
+
+
+def _recipe(network: str) -> Recipe:
+    try:
+        return zoo.recipe(network)
+    except ValueError as error:
+        raise RunError(str(error)) from error
