@@ -32,6 +32,7 @@ from keras_dfp import source_tree as source_tree  # first: it finds packages for
 from keras_dfp import backend, layers, ops, optimizers, reference, zoo
 from keras_dfp.audit import Audit, audit
 from keras_dfp.info import info
+from keras_dfp.legacy import warn_of_legacy_keras as _warn_of_legacy_keras
 from keras_dfp.model_policy import set_model_policy
 from keras_dfp.number import DFPFormat, DFPTensor, quantize
 from keras_dfp.policy import DFPPolicy, policy_scope, set_policy
@@ -60,3 +61,4 @@ __all__ = [
 ]
 
 backend.install()
+_warn_of_legacy_keras()

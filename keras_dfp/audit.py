@@ -16,6 +16,7 @@ from keras.src.random.seed_generator import global_seed_generator as global_seed
 from keras_dfp import auditing
 from keras_dfp.backend.registry import installed
 from keras_dfp.files import written_whole
+from keras_dfp.legacy import check_model
 from keras_dfp.number import DFPFormat
 
 # Above this an error is worth a word of advice: bfloat16 rounds each factor by up to 0.4 %.
@@ -153,6 +154,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
         An `Audit`.
 
     Raises:
+        TypeError: If it is no Keras model; one of `tf_keras`, for instance.
         ValueError: If no product runs on integers, or there are labels and the model has no loss.
         RuntimeError: If the plugin is not installed.
 
@@ -160,6 +162,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
 
     >>> print(keras_dfp.audit(model, images[:16], labels[:16]))
     """
+    check_model("audit", model)
     if not installed():
         raise RuntimeError("audit: the plugin is not installed; call keras_dfp.backend.install().")
     if y is not None and not getattr(model, "compiled", False):

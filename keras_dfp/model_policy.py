@@ -18,6 +18,7 @@ from keras.src.trainers.trainer import Trainer
 
 from keras_dfp import backend
 from keras_dfp.backend.registry import replaces
+from keras_dfp.legacy import check_model
 from keras_dfp.policy import DFPPolicy
 
 _CONVOLUTIONS = (BaseConv, BaseConvTranspose, BaseDepthwiseConv, BaseSeparableConv)
@@ -37,6 +38,7 @@ def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolic
         policy: A `DFPPolicy` or its name, or `"float32"` to take it back.
 
     Raises:
+        TypeError: If it is no Keras model; one of `tf_keras`, for instance.
         ValueError: If `policy` is neither, or if no layer of the model has float32 variables.
 
     Example:
@@ -44,6 +46,7 @@ def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolic
     >>> model = keras.models.load_model("trained_in_float32.keras")
     >>> keras_dfp.set_model_policy(model, "dfp16")
     """
+    check_model("set_model_policy", model)
     backend.install()
     policy = dtype_policies.get(policy)
     if not isinstance(policy, DFPPolicy) and policy != keras.DTypePolicy("float32"):

@@ -16,6 +16,7 @@ from keras_dfp.backend.calling import Decision
 from keras_dfp.backend.inputs import known_inputs, symbolic
 from keras_dfp.backend.registry import installed
 from keras_dfp.flow import Flow
+from keras_dfp.legacy import check_model
 from keras_dfp.model_policy import first_and_last, layers_in_order, warn_of_unmatched_patterns
 from keras_dfp.number import PRODUCTS, DFPFormat
 
@@ -145,6 +146,7 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
         A `Report`.
 
     Raises:
+        TypeError: If it is no Keras model; one of `tf_keras`, for instance.
         ValueError: If the inputs of the model are not known, or it cannot be called with them.
         RuntimeError: If the plugin is not installed.
 
@@ -152,6 +154,7 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
 
     >>> print(keras_dfp.describe(model))
     """
+    check_model("describe", model)
     if not installed():
         raise RuntimeError(
             "describe: the plugin is not installed; call keras_dfp.backend.install()."

@@ -66,6 +66,11 @@ def test_version():
         (("train", "--epochs", "0"), "0 is not in the range x>=1"),
         (("train", "--batch-size", "many"), "'many' is not a valid integer"),
         (("train", "--lr", "0"), "0 is not in the range x>0"),
+        (("train", "--lr", "nan"), "'nan' is not a finite number"),
+        (("train", "--lr", "inf"), "'inf' is not a finite number"),
+        (("train", "--holdout", "nan"), "'nan' is not a finite number"),
+        (("train", "--classes", "9" * 12), "is not in the range"),
+        (("audit", "lenet", "--plot", "a.txt"), "a.txt must end in .png, .svg or .pdf"),
         (("train", "--seed", "-1"), "-1 is not in the range"),
         (("describe",), "Missing argument 'MODEL'"),
         (("describe", "resnet5"), "Did you mean: resnet50"),
@@ -193,6 +198,105 @@ def test_export(trained, tmp_path):
     assert "There is no folder" in run("export", str(folder), "nowhere/a.keras", code=1)
     message = "is not the folder of a run"
     assert message in run("export", str(tmp_path), str(tmp_path / "b.keras"), code=1)
+
+
+def changed(**changes):
+    def change(content):
+        content.update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (b"{", "is not the folder of a run: Expecting"),
+        (b"\xff", "is not the folder of a run: 'utf-8'"),
+        (b"[" * 100_000, "is not the folder of a run: it is nested too deeply"),
+        (b"[]", "run.json is spoiled, or of another version of keras-dfp: it must be a table"),
+        (lambda c: c.pop("recipe"), "of another version of keras-dfp: key 'recipe' is missing"),
+        (changed(later=1), "of another version of keras-dfp: unknown key 'later'"),
+        (lambda c: c["settings"].update(later=1), "unknown key 'settings.later'"),
+        (lambda c: c["settings"].update(seed=True), "settings.seed must be a whole number; got Tr"),
+        (lambda c: c["settings"].update(holdout=2), "settings.holdout must be above 0 and below 1"),
+        (lambda c: c["settings"].update(network="x"), "There is no network 'x' in the zoo"),
+        (changed(input_shape=[8, 8]), "input_shape must be three sizes above 0; got [8, 8]"),
+        (changed(input_shape=[10**9, 10**9, 1]), "Cannot build lenet for images of"),
+        (changed(classes=["a"]), "checkpoint.npz is of another model"),
+    ],
+)
+def test_a_run_json_that_is_spoiled(trained, tmp_path, change, message):
+    for name in ("run.json", "checkpoint.npz"):
+        shutil.copy(trained[0] / name, tmp_path / name)
+    content = json.loads((tmp_path / "run.json").read_text())
+    if callable(change):
+        change(content)
+        change = json.dumps(content).encode()
+    (tmp_path / "run.json").write_bytes(change)
+    assert message in run("evaluate", str(tmp_path), code=1)
+    assert "Error: " in run("train", "--steps", "60", "--output", str(tmp_path), code=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-100], "BadZipFile"),
+        (lambda data: data[:100] + b"0" * 50 + data[150:], "is not a checkpoint of this model"),
+        (lambda data: b"", "is not a checkpoint of this model"),
+        (changed(step="60"), "step must be a whole number; got '60'"),
+        (changed(step=61), "there must be a loss for each step"),
+        (changed(history=[{}, {}]), "the history of epoch 1 lacks epoch, step"),
+        (changed(later=1), "of another version of keras-dfp: unknown key 'later'"),
+        (changed(history=[]), "60 steps and 0 epochs of 44 steps do not go together"),
+    ],
+)
+def test_a_checkpoint_that_is_spoiled(trained, tmp_path, change, message):
+    for name in ("run.json", "checkpoint.npz"):
+        shutil.copy(trained[0] / name, tmp_path / name)
+    path = tmp_path / "checkpoint.npz"
+    if change.__name__ == "<lambda>":
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        arrays = dict(np.load(path))
+        state = json.loads(str(arrays["state"]))
+        change(state)
+        np.savez(path, **{**arrays, "state": json.dumps(state)})
+    command = ("evaluate", str(tmp_path))
+    if "go together" in message:
+        command = ("train", "--steps", "60", "--output", str(tmp_path), "--resume")
+    assert message in run(*command, code=1).splitlines()[-1]
+
+
+def test_what_is_no_file_is_not_waited_for(trained, tmp_path):
+    for name in ("model.keras", "run.json", "report.json"):
+        os.mkfifo(tmp_path / name)
+    for arguments in (
+        ("evaluate", str(tmp_path)),
+        ("bench", "report", str(tmp_path / "report.json")),
+        ("describe", str(tmp_path / "model.keras")),
+    ):
+        assert "is a named pipe, not a file" in run(*arguments, code=1)
+
+
+def test_a_name_that_is_too_long():
+    for arguments in (("train", "--output"), ("describe",), ("audit",), ("evaluate",)):
+        assert "Error: " in (output := run(*arguments, "n" * 300, code=1))
+        assert "File name too long" in output
+
+
+@pytest.mark.parametrize("name", ["bad.keras", "bad.weights.h5", "bad.h5"])
+def test_weights_that_are_spoiled(tmp_path, name):
+    (tmp_path / name).write_text("garbage")
+    output = run("evaluate", "lenet", "--weights", str(tmp_path / name), code=1)
+    assert output.startswith(f"Error: zoo.load: the weights in '{tmp_path / name}' do not fit")
+    assert output.count("\n") == 1
+
+
+def test_a_bench_report_that_is_spoiled(tmp_path):
+    path = tmp_path / "report.json"
+    for content in ("[]", "{", '{"schema": 1}', '{"schema": 1, "benchmark": "conv", "runs": [{}]}'):
+        path.write_text(content)
+        assert f"Error: {path} " in run("bench", "report", str(path), code=1)
 
 
 def test_compare(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 import keras_dfp
 from keras_dfp import zoo
@@ -143,6 +145,163 @@ def test_what_is_wrong_with_records(tmp_path):
     (tmp_path / "train-00000-of-00001").rename(tmp_path / "picture-00000-of-00001")
     with pytest.raises(DataError, match="must begin with train"):
         sources.find(str(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["label", "length"])
+def test_a_bit_of_a_record_that_has_changed(tmp_path, what):
+    file = tmp_path / "train-00000-of-00001"
+    write_records(file, [1, 2, 1])
+    write_records(tmp_path / "val-00000-of-00001", [1])
+    data = bytearray(file.read_bytes())
+    second = 16 + int.from_bytes(data[:8], "little")
+    label = data.index(b"image/class/label", second)
+    data[second if what == "length" else data.index(b"\x0a\x01\x02", label) + 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(tf.errors.DataLossError):
+        list(tf.data.TFRecordDataset(str(file)))
+
+    def read(**options):
+        train, _ = sources.find(str(tmp_path), classes=2, **options)
+        one = Pipeline(train, Images(mean=(0.0,) * 3, std=(1.0,) * 3), 1, lambda x: x, **options)
+        return [int(labels[0]) + 1 for _, labels in one.evaluation()]
+
+    with pytest.raises(DataError, match="train-00000-of-00001.* record 1"):
+        read()
+    with pytest.warns(UserWarning, match="Skipped. Cannot read .*train-00000-of-00001.* record 1"):
+        # Where the next record begins is not known without the length.
+        assert read(skip_bad=True) == ([1] if what == "length" else [1, 1])
+
+
+def test_a_record_that_is_no_example(tmp_path):
+    with tf.io.TFRecordWriter(str(tmp_path / "train.tfrecord")) as writer:
+        writer.write(b"\xff\xfe no example")
+    write_records(tmp_path / "val.tfrecord", [1])
+    with pytest.raises(DataError, match="train.tfrecord, record 0: it is no tf.train.Example"):
+        sources.find(str(tmp_path), classes=2)
+    train, _ = sources.find(str(tmp_path), classes=2, skip_bad=True)
+    one = Pipeline(train, CIFAR, 1, normalize, skip_bad=True)
+    with (
+        pytest.warns(UserWarning, match="record 0: it is no tf.train.Example"),
+        pytest.raises(DataError, match="None of the images"),
+    ):
+        list(one.evaluation())
+
+
+def special_files(folder):
+    """Makes what is no file, by its name; returns what each is."""
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "null.png").symlink_to("/dev/null")
+    (folder / "folder.png").mkdir()
+    with socket.socket(socket.AF_UNIX) as one:
+        # A path to a socket has to be short.
+        here = os.getcwd()
+        os.chdir(folder)
+        try:
+            one.bind("socket.png")
+        finally:
+            os.chdir(here)
+    return {
+        "pipe": "a named pipe",
+        "link": "a link to nothing",
+        "loop": "a link to nothing",
+        "null": "a device",
+        "folder": "a folder",
+        "socket": "a socket",
+    }
+
+
+def test_what_is_no_file_among_the_images(tmp_path):
+    class_folders(tmp_path, 2)
+    (tmp_path / "cat" / "good.png").symlink_to(tmp_path / "dog" / "000.png")
+    names = special_files(tmp_path / "cat")
+    with pytest.raises(DataError, match=r"Cannot read .*cat/folder.png: it is a folder, not a fi"):
+        sources.ClassFolders(tmp_path)
+    with pytest.warns(UserWarning) as warned:
+        assert len(sources.ClassFolders(tmp_path, skip_bad=True)) == 7
+    said = sorted(str(each.message) for each in warned)
+    assert said == [
+        f"Skipped. Cannot read {tmp_path}/cat/{name}.png: it is {names[name]}, not a file"
+        for name in sorted(names)
+    ]
+    (tmp_path / "emu").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="emu is a link to nothing"):
+        sources.ClassFolders(tmp_path, skip_bad=True)
+    os.mkfifo(tmp_path / "train-00000-of-00001")
+    with pytest.raises(DataError, match="train-00000-of-00001: It is a named pipe"):
+        sources.find(str(tmp_path))
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    images = class_folders(tmp_path, 2)
+    name = os.fsdecode(b"\xff\n.png")
+    (tmp_path / "dog" / "000.png").rename(tmp_path / "dog" / name)
+    (tmp_path / "eel").rename(tmp_path / os.fsdecode(b"\xe9l"))
+    one = pipeline(tmp_path, skip_bad=True)
+    assert one.source.name(3) == rf"{tmp_path}/dog/\xff\n.png"
+    np.testing.assert_array_equal(
+        one.source.read(tf.constant(3))[0], images[tmp_path / "dog" / "000.png"]
+    )
+    (tmp_path / "dog" / name).write_bytes(b"garbage")
+    with pytest.warns(UserWarning, match=r"\\xff\\n.png: "):
+        assert sum(len(labels) for _, labels in one.evaluation()) == 5
+    (tmp_path / "dog" / name).unlink()
+    with pytest.raises(DataError, match=r"\\xff\\n.png: .*No such file"):
+        list(pipeline_of(one.source))
+
+
+def pipeline_of(source):
+    return Pipeline(source, CIFAR, 4, normalize).evaluation()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [("PNG", "P"), ("BMP", "P"), ("BMP", "1"), ("BMP", "L"), ("BMP", "RGB"), ("GIF", "P")],
+)
+def test_forms_of_images(tmp_path, form, mode, channels):
+    # Two colours, of which every form keeps both.
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :10] = 255
+    if mode in ("P", "RGB"):
+        pixels[:10, :10] = (200, 20, 120)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).convert(mode, palette=Image.Palette.ADAPTIVE).save(
+            tmp_path / name / f"1.{form.lower()}"
+        )
+    wanted = pixels if channels == 3 else (pixels @ [0.299, 0.587, 0.114])[..., None]
+    read, _ = sources.ClassFolders(tmp_path, channels).read(tf.constant(0))
+    np.testing.assert_allclose(read, wanted, atol=4)
+    file = tmp_path / "a" / f"1.{form.lower()}"
+    file.write_bytes(file.read_bytes()[:60])
+    images = Images(mean=(0.0,) * channels, std=(1.0,) * channels, crop=20)
+    source = sources.ClassFolders(tmp_path, channels)
+    with pytest.raises(DataError, match=f"Cannot read {file}: "):
+        list(Pipeline(source, images, 2, lambda x: tf.cast(x, "float32")).evaluation())
+
+
+def test_a_whole_image_of_another_size(tmp_path):
+    images = class_folders(tmp_path, 4)
+    odd = min(images)
+    write_image(odd, np.zeros((8, 9, 3), np.uint8))
+    whole = Images(mean=(0.0,) * 3, std=(1.0,) * 3)
+    with pytest.raises(DataError, match=rf"{odd}: its size is 8, 9, 3 but the .* 32, 32, 3"):
+        list(pipeline(tmp_path, images=whole).evaluation())
+    one = pipeline(tmp_path, images=whole, batch_size=1, skip_bad=True)
+    with pytest.warns(UserWarning, match=str(odd)):
+        assert len(list(one.training(1, 0))) == 12
+    assert one.bad == {0}
+
+
+def test_a_class_of_one_image_is_trained_on(tmp_path):
+    class_folders(tmp_path, 3)
+    write_image(tmp_path / "one" / "1.png", np.zeros((32, 32, 3), np.uint8))
+    with pytest.warns(UserWarning, match="Class one has one image, .*1.png: it is trained on"):
+        train, test = sources.find(str(tmp_path), holdout=0.9)
+    labels = [[int(s.read(tf.constant(i))[1]) for i in range(len(s))] for s in (train, test)]
+    assert labels == [[0, 1, 2, 3], [0, 0, 1, 1, 2, 2]]
 
 
 def test_what_is_wrong_with_folders(tmp_path):
@@ -578,6 +737,61 @@ def test_the_paper_s_policy_spares_the_classifier_and_not_an_auxiliary_one():
     layers = [layer for layer in model.layers if layer.weights]
     spared = [la.name for la in layers if la.dtype_policy.decide(la).format is None]
     assert sorted(spared) == ["conv1", "predictions"]
+
+
+def test_of_two_that_start_at_once_one_trains(tmp_path, monkeypatch):
+    first, second = digits(steps=1, seed=1), digits(steps=1, seed=2)
+    data, link, others = first.find_data(), os.link, []
+
+    def link_late(source, target):
+        # Another one, which found no run here either, was faster.
+        monkeypatch.setattr(os, "link", link)
+        others.append(Run(second, tmp_path, data))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_late)
+    with pytest.raises(RunError, match="holds a run already"):
+        Run(first, tmp_path, data)
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["seed"] == 2
+
+
+@pytest.mark.parametrize("classes", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_start_from_weights_of_a_run(finished, tmp_path, classes):
+    class_folders(tmp_path / "grey", 3, size=8, classes="ab")
+    settings = digits(steps=1, batch_size=2, weights=str(finished.folder / "model.keras"))
+    if classes == 2:
+        settings = dataclasses.replace(settings, data=str(tmp_path / "grey"), freeze=True)
+    run = Run(settings, tmp_path / "run", settings.find_data())
+    assert run.new_classifier == (classes == 2)
+
+    def equal():
+        pairs = zip(run.model.weights, finished.model.weights, strict=True)
+        return [np.array_equal(ours.numpy(), theirs.numpy()) for ours, theirs in pairs]
+
+    assert equal() == [True] * 8 + [classes == 10] * 2
+    before = run.model.weights[-2].numpy()
+    run.train()
+    assert not np.array_equal(run.model.weights[-2].numpy(), before)
+    assert equal() == [classes == 2] * 8 + [False] * 2
+
+
+def test_weights_that_are_not_the_network_s(tmp_path):
+    other = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(3, 3)])
+    other.save(tmp_path / "other.keras")
+    (tmp_path / "broken.keras").write_text("garbage")
+    for name, message in (
+        ("other.keras", "none that fit, for its layer 'conv2d"),
+        ("broken.keras", "cannot be read"),
+        ("nowhere.keras", "No such file"),
+    ):
+        settings = digits(weights=str(tmp_path / name))
+        with pytest.raises(RunError, match=message):
+            Run(settings, tmp_path / "run", settings.find_data())
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RunError, match="no trained weights of 'lenet'.* --weights FILE"):
+        digits(weights="imagenet")
+    with pytest.raises(RunError, match="Random weights cannot be frozen"):
+        digits(freeze=True)
 
 
 def test_batches_larger_than_the_data(tmp_path):

@@ -54,7 +54,8 @@ def build(
         options["auxiliary"] = True
     try:
         return _load(settings, input_shape=input_shape, classes=classes, **options)
-    except ValueError as error:
+    # The others: it would be too large.
+    except (ValueError, OverflowError, MemoryError, tf.errors.OpError) as error:
         raise RunError(
             f"Cannot build {settings.network} for images of {input_shape}: {error}"
         ) from error

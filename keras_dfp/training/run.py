@@ -277,8 +277,10 @@ class Run:
         variables = [*self.model.variables, *self.optimizer.variables]
         progress = _progress(self._checkpoint, checkpoint.load(self._checkpoint, variables))
         done, size = len(progress.history), self.training.steps
-        open_epoch = done * size <= progress.step <= min((done + 1) * size, self.steps)
-        if not open_epoch and (progress.step, done) != (self.steps, self.epochs):
+        finished = (progress.step, done) == (self.steps, self.epochs)
+        goes_on = done * size <= progress.step <= min((done + 1) * size, self.steps)
+        in_epoch = not finished and progress.step > done * size
+        if not (finished or goes_on) or in_epoch != (progress.sums[3] > 0):
             raise RunError(
                 f"{shown(self._checkpoint)} is spoiled: {progress.step} steps and {done} epochs of "
                 f"{size} steps do not go together."

@@ -445,8 +445,10 @@ def _decoded(data: tf.Tensor, channels: int) -> tf.Tensor:
     return tf.ensure_shape(image, (None, None, channels))
 
 
-def _bitmap(channels: int, data: bytes) -> np.ndarray:
+def _bitmap(channels: int, data: bytes | np.ndarray) -> np.ndarray:
     """Returns the pixels of a BMP file."""
+    # Outside of graphs, TensorFlow hands over an array of one element.
+    data = data if isinstance(data, bytes) else data.item()
     # Here and not above, because Pillow is optional.
     from PIL import Image
 
