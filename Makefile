@@ -36,10 +36,11 @@ race-check: build/dev.stamp  ## Look for data races (needs clang and its OpenMP)
 sanitize: build/dev.stamp  ## Look for memory and arithmetic errors (needs clang)
 	$(BIN)/python tests/sanitize.py
 
-lint: build/dev.stamp  ## Check style: ruff, cython-lint; GitHub's files, CITATION.cff
+lint: build/dev.stamp  ## Check style and types: ruff, cython-lint, mypy; GitHub's files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint pyx
+	$(BIN)/mypy
 	$(SCHEMA).citation-file-format CITATION.cff
 	$(SCHEMA).github-workflows .github/workflows/*.yml
 	$(SCHEMA).github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml

@@ -52,7 +52,8 @@ def measure(settings: dict) -> Iterator[dict | str]:
 
 def _passes(layer: Layer, batch: int, against):
     if layer.kind == "dense":
-        return products.dense(batch, *layer.w, against)
+        inputs, outputs = layer.w
+        return products.dense(batch, inputs, outputs, against)
     depthwise = layer.kind == "depthwise"
     x = (batch, *layer.x)
     return products.convolution(x, layer.w, layer.strides, layer.padding, depthwise, against)

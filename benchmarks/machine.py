@@ -68,7 +68,7 @@ def medians(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]
 
     They run in turns, so that all meet the same machine; a first round warms up.
     """
-    times = {name: [] for name in functions}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():
             start = time.perf_counter()

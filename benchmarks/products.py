@@ -6,6 +6,7 @@ product does with them is timed: its result is float32, from TensorFlow in bfloa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -67,10 +68,12 @@ def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = 
     how = {"transpose_a": transpose_a, "transpose_b": transpose_b}
     inner, rows = a.shape if transpose_a else a.shape[::-1]
     columns = b.shape[0 if transpose_b else 1]
-    ways = {"dfp": lambda: native.lib.dfp_matmul(*a.operand, *b.operand, **how)}
+    ways: dict[str, Callable] = {
+        "dfp": lambda: native.lib.dfp_matmul(*a.operand, *b.operand, **how)
+    }
     for name in a.floats:
         x, y = a.floats[name], b.floats[name]
-        ways[name] = lambda x=x, y=y: tf.linalg.matmul(x, y, **how)
+        ways[name] = functools.partial(tf.linalg.matmul, x, y, **how)
     return Product(rows * inner * columns, traffic(a, b, rows * columns), ways)
 
 

@@ -5,6 +5,7 @@ Nothing is measured here; ratios, rates and totals are computed from the millise
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -109,8 +110,10 @@ def _memory(machine: dict) -> list[Column]:
 
 
 def _against(first: Row | None, key: str) -> Column:
-    title = f"x {first['policy']}" if first else ""
-    return Column(title, lambda row: f"{row[key] / first[key]:.2f}", 11)
+    if first is None:
+        return Column("", lambda row: "", 11)
+    base = first
+    return Column(f"x {base['policy']}", lambda row: f"{row[key] / base[key]:.2f}", 11)
 
 
 def _ratio(name: str, quantise: bool = False) -> Callable[[Row], str]:
@@ -167,10 +170,16 @@ def total(rows: list[Row]) -> Row:
     return {key: sum(row["count"] * row[key] for row in rows) for key in keys}
 
 
+def _is_of(name: str, row: Row) -> bool:
+    return row["pass"] == name
+
+
 def totals(run: dict) -> list[Row]:
     """Returns the totals of a network's layers: of each pass, of all, and of all but those in
     groups, where TensorFlow is so slow that they would decide about the network."""
-    parts = {("total", name): lambda row, name=name: row["pass"] == name for name in PASSES}
+    parts: dict[tuple[str, str], Callable[[Row], bool]] = {}
+    for name in PASSES:
+        parts["total", name] = functools.partial(_is_of, name)
     parts["total", "all"] = lambda row: True
     if any(row["kind"] == "grouped" for row in run["rows"]):
         parts["total without groups", "all"] = lambda row: row["kind"] != "grouped"
@@ -227,7 +236,7 @@ def _kinds(rows: list[Row]) -> Table:
 def speedups(document: dict) -> Iterator[Table]:
     """Yields how much faster more threads are, for runs that differ in nothing else."""
     benchmark = document["benchmark"]
-    alike = {}
+    alike: dict[str, list[dict]] = {}
     for run in document["runs"]:
         others = {key: value for key, value in run["settings"].items() if key != "threads"}
         alike.setdefault(str(others), []).append(run)

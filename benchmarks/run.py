@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 SCHEMA = 1  # of the documents
 # What TensorFlow's oneDNN is held to, so that both sides use the same instruction set. Above
@@ -19,7 +20,7 @@ SCHEMA = 1  # of the documents
 ONEDNN_ISAS = {"avx2": "AVX2", "avxvnni": "AVX2"}
 
 
-def measure(benchmark: str, settings: dict) -> Iterator[tuple[str, dict | str]]:
+def measure(benchmark: str, settings: dict) -> Iterator[tuple[str, Any]]:
     """Yields what a worker sends: ("machine", facts), ("doing", text) and ("row", dict).
 
     Args:
@@ -44,16 +45,19 @@ def measure(benchmark: str, settings: dict) -> Iterator[tuple[str, dict | str]]:
         ) as process,
     ):
         try:
-            for line in process.stdout:
-                yield tuple(json.loads(line))
+            for line in process.stdout or ():
+                kind, value = json.loads(line)
+                yield kind, value
         except BaseException:
             process.kill()
             raise
         if process.wait():
             errors.seek(0)
+            # Of a traceback, the last line says what was wrong.
+            said = errors.read().strip().split("\n")
             raise RuntimeError(
                 f"The process measuring {benchmark} {settings} ended with exit code "
-                f"{process.returncode} (-9: perhaps for want of memory).\n{errors.read()[-3000:]}"
+                f"{process.returncode} (-9: perhaps for want of memory). {said[-1]}"
             )
 
 

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -96,7 +97,7 @@ def peak_memory() -> int:
     """Returns the most bytes of memory this process has had resident."""
     # Not getrusage, whose figure a process inherits from the one that started it.
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 def profile(run, graph, model: keras.Model) -> list[dict]:
@@ -125,7 +126,9 @@ def profile(run, graph, model: keras.Model) -> list[dict]:
     classes = {layer.name: type(layer).__name__ for layer in model.layers}
     classes[model.optimizer.name] = "optimizer"
     moved = {op.name: _bytes([*op.inputs, *written(op)]) for op in operations(graph)}
-    kinds = collections.defaultdict(lambda: {"ms": 0.0, "calls": 0, "mb": 0.0, "ops": {}})
+    kinds: dict[str, dict[str, Any]] = collections.defaultdict(
+        lambda: {"ms": 0.0, "calls": 0, "mb": 0.0, "ops": {}}
+    )
     for name, op_type, ms in ops:
         kind = kinds[kind_of(name, op_type, classes)]
         kind["ms"] += ms
@@ -170,12 +173,12 @@ def _own_times(events: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, st
     """Yields the ops among the events of one thread; inner ops' time is not the outer one's."""
     # An op's event is called "name:Type"; XLA's is CpuExecutable::ExecuteAsyncOnStream.
     ops = sorted(
-        (start, -duration, *name.rsplit(":", 1))
+        (start, -duration, name.rpartition(":")[0], name.rpartition(":")[2])
         for name, start, duration in events
         if re.fullmatch(r"[\w./>-]+:\w+|CpuExecutable::\w+", name)
     )
     own = [-negative for _, negative, _, _ in ops]
-    around = []
+    around: list[int] = []
     for i, (start, negative, _, _) in enumerate(ops):
         while around and start >= ops[around[-1]][0] - ops[around[-1]][1]:
             around.pop()

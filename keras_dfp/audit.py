@@ -179,7 +179,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
             f"audit: no product of model '{model.name}' runs on integers. "
             "keras_dfp.describe(model) says why."
         )
-    rows = {}
+    rows: dict[tuple, _Row] = {}
     for call, twin in zip(rounded, exact, strict=True):
         key = id(call.layer), call.operation, call.format
         rows.setdefault(key, _Row(call)).add(call, twin)
@@ -261,7 +261,7 @@ class _Row:
 
     def __init__(self, call: auditing.Call):
         self.call = call
-        self.errors = collections.defaultdict(_Error)
+        self.errors: dict[str, _Error] = collections.defaultdict(_Error)
         self.losses = {name: auditing.Losses() for name in ("x", "w", "dy")}
         self.weights: dict[int, Any] = {}
 

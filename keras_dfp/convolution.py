@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -122,7 +123,7 @@ class Convolution:
 
     def transposed(self, output_padding) -> tf.Tensor:
         """Returns the transposed convolution."""
-        extra = [None] * self.rank
+        extra: Sequence[int | None] = [None] * self.rank
         if output_padding is not None:
             extra = self._per_dimension("output_padding", output_padding, least=0)
         batch, *spatial, _ = (sizes(self.inputs)[i] for i in self.perm or range(self.rank + 2))

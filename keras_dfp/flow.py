@@ -201,13 +201,13 @@ class Flow:
 
         That is one, until a reshape joins the axis of samples with others.
         """
-        found = {id(tensor): Fraction(1) for tensor in self._inputs}
+        found: dict[int, Fraction | None] = {id(tensor): Fraction(1) for tensor in self._inputs}
         for op in self._ops:
             inputs = [t for t in op.inputs if id(t) in found]
             if not inputs or op.type in ("Shape", "ShapeN", "Size", "Rank"):
                 continue
-            indices = [found[id(t)] for t in inputs]
-            most = None if None in indices else max(indices)
+            indices = [n for t in inputs if (n := found[id(t)]) is not None]
+            most = max(indices) if len(indices) == len(inputs) else None
             if op.type == "Reshape" and most is not None:
                 before, after = _elements(op.inputs[0].shape), _elements(op.outputs[0].shape)
                 most = most * before / after if before and after else None

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 
@@ -95,7 +95,9 @@ class Chain:
 
 def chain_of(tensor: tf.Tensor) -> Chain | None:
     """Returns the steps that a tensor of a graph comes from, None if there are none."""
-    op, clip, residual, parameters, steps = tensor.op, "none", (), (), 0
+    op, clip, steps = tensor.op, "none", 0
+    residual: tuple[tf.Tensor, ...] = ()
+    parameters: Sequence[tf.Tensor] = ()
     epsilon, training = 0.0, False
     if op.type in _CLIPS:
         clip, tensor, steps = _CLIPS[op.type], op.inputs[0], 1

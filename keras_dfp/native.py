@@ -226,6 +226,8 @@ class Product:
 
     # Which entries of `attrs` say in what arithmetic the gradient of each factor is computed.
     modes = ("input_gradient", "weight_gradient")
+    # Which entry of `attrs` says how many bits the gradient of the result gets.
+    output_bits: str
 
     def __init__(self, attrs: dict):
         self.attrs = attrs
@@ -253,7 +255,7 @@ class Product:
         groups = 0 if self.attrs["exponents"] == "tensor" else self.output_groups(first)
         attrs = self.attrs
         dy = Factor.incoming(dy, attrs[self.output_bits], attrs["rounding"], groups, attrs["fused"])
-        results = []
+        results: list[tf.Tensor | None] = []
         for (product, a, b), mode, want in zip(
             self._backward(first, second, dy), self.modes, wanted, strict=True
         ):
@@ -360,7 +362,7 @@ class Conv(_Convolution):
     def output_shape(self, x: Sequence[int | None], w: Sequence[int | None]) -> list[int | None]:
         """Returns the shape of y for shapes of x and w; None where it is not known."""
         attrs = self.attrs
-        spatial = []
+        spatial: list[int | None] = []
         for i, (size, taps) in enumerate(zip(x[1:-1], w[:-2], strict=True)):
             stride, padding = attrs["strides"][i], attrs["padding"]
             if size is None or taps is None:

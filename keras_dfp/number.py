@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class DFPFormat:
     mantissa_bits: int = 14
     rounding: str = "nearest"
     accumulation: str = "exact"
-    products: tuple[str, ...] = PRODUCTS
+    products: Sequence[str] = PRODUCTS
     exponents: str = "sample"
     fused: bool = True
 

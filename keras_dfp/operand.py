@@ -18,7 +18,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -33,7 +33,7 @@ from keras_dfp.native import Operand
 from keras_dfp.number import DFPFormat
 
 # A size is an int where it is known while tracing, else a scalar int32 tensor.
-Size = int | tf.Tensor
+Size: TypeAlias = int | tf.Tensor
 
 _local = threading.local()
 
@@ -87,7 +87,7 @@ def operand(
 def reshape(x, shape: Sequence[Size]):
     """Reshapes, keeping as much of the static shape as TensorFlow can know."""
     unknown = [i for i, n in enumerate(shape) if not isinstance(n, int)]
-    if len(unknown) == 1 and 0 not in shape[: unknown[0]] + shape[unknown[0] + 1 :]:
+    if len(unknown) == 1 and 0 not in [n for n in shape if isinstance(n, int)]:
         shape = [-1 if i == unknown[0] else n for i, n in enumerate(shape)]
     return tf.reshape(x, shape)
 

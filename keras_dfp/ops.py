@@ -150,7 +150,7 @@ def conv(inputs, kernel, strides=1, padding="valid", data_format=None, dilation_
     args = Convolution("conv", fmt, inputs, kernel, strides, padding, data_format, dilation_rate)
     if max(args.strides) > 1 and max(args.dilations) > 1:
         args.fail("`strides` and `dilation_rate` must not both be above 1")
-    channels, per_group, filters = args.channels, *args.kernel.shape[-2:]
+    channels, (per_group, filters) = args.channels, args.kernel.shape[-2:]
     if None not in (channels, per_group, filters) and channels != per_group:
         groups = channels // per_group if per_group else 0
         if groups * per_group != channels or groups == 0 or filters % groups:

@@ -610,7 +610,7 @@ def conv(
     qx: np.ndarray,
     ex: Exponents,
     qw: np.ndarray,
-    ew: int,
+    ew: Exponents,
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
@@ -666,7 +666,7 @@ def conv_input_gradient(
     qdy: np.ndarray,
     edy: Exponents,
     qw: np.ndarray,
-    ew: int,
+    ew: Exponents,
     input_shape: Sequence[int],
     *,
     strides: int | Sequence[int] = 1,
@@ -822,7 +822,7 @@ def depthwise_conv(
     qx: np.ndarray,
     ex: Exponents,
     qw: np.ndarray,
-    ew: int,
+    ew: Exponents,
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "valid",
@@ -877,7 +877,7 @@ def depthwise_conv_input_gradient(
     qdy: np.ndarray,
     edy: Exponents,
     qw: np.ndarray,
-    ew: int,
+    ew: Exponents,
     input_shape: Sequence[int],
     *,
     strides: int | Sequence[int] = 1,
@@ -1134,7 +1134,7 @@ def normalize_sums(
         raise ValueError(f"{op}: `x`, `mean` and `variance` must be given together")
     with np.errstate(all="ignore"):
         total = _sum_of_pixels(_float64(dy))
-        if x is None:
+        if x is None or mean is None or variance is None:
             return _float32(total), None, None
         centred = _centred(op, x, mean, dy.shape)
         products = _sum_of_pixels(_float64(dy) * centred)
@@ -1192,7 +1192,7 @@ def normalize_gradient(
         return _float32(dx + _single(_single(b * centred) + c))
 
 
-def _pixels(shape: tuple[int, ...]) -> np.ndarray:
+def _pixels(shape: tuple[int, ...]) -> np.float64:
     """Return how many pixels there are; what is divided by zero of them is NaN or infinite."""
     return np.float64(int(np.prod(shape[:-1])))
 
@@ -1220,12 +1220,12 @@ def _centred(op: str, x: np.ndarray, mean: np.ndarray, shape: tuple[int, ...]) -
     return _single(_float64(x) - _float64(mean))
 
 
-def _single(x: np.ndarray) -> np.ndarray:
+def _single(x: np.ndarray | np.float64) -> np.ndarray:
     """Round float64 to the nearest float32, as a float64."""
     return _float64(_float32(x))
 
 
-def _float32(x: np.ndarray) -> np.ndarray:
+def _float32(x: np.ndarray | np.float64) -> np.ndarray:
     """Convert float64 to float32 on any floating point unit, subnormals too."""
     x = np.asarray(x)
     small = np.abs(x) < 2.0**-126
@@ -1520,7 +1520,7 @@ def _per_dimension(op: str, name: str, value: int | Sequence[int], rank: int) ->
 
 
 def _checked_padding(op: str, padding: Padding, rank: int) -> tuple[tuple[int, int], ...]:
-    pairs = np.empty(0) if isinstance(padding, str) else np.asarray(padding)
+    pairs: np.ndarray = np.empty(0) if isinstance(padding, str) else np.asarray(padding)
     if pairs.shape != (rank, 2) or pairs.dtype.kind not in "iu" or pairs.min() < 0:
         raise ValueError(
             f'{op}: `padding` must be "valid", "same" or {rank} pairs (before, after) of integers, '

@@ -92,7 +92,7 @@ class Report:
             return []
         native = len([row for row in rows if row["native"]])
         lines = [f"Batch norm: {native} of {len(rows)} on the native op."]
-        groups = {}
+        groups: dict[tuple[bool, str], list[str]] = {}
         for row in rows:
             if row["reason"]:
                 groups.setdefault((row["native"], row["reason"]), []).append(row["path"])
@@ -208,7 +208,8 @@ def _rows(model, products, flow) -> tuple[list[dict[str, Any]], list[int | None]
     # A loop's body is traced more than once, each time in a graph of its own.
     counts = collections.Counter((id(p.layer), p.decision, p.operation, p.graph) for p in products)
     exempt = first_and_last(model)
-    rows, by_row = {}, {}
+    rows: dict[tuple, dict[str, Any]] = {}
+    by_row: dict[tuple, list[recording.Product]] = {}
     for p in products:
         row = rows.setdefault((id(p.layer), p.decision), _row(p.layer, p.decision, exempt))
         by_row.setdefault((id(p.layer), p.decision), []).append(p)
@@ -241,7 +242,8 @@ def _operands(products, graph, flow):
 
 
 def _normalizations(recorded, flow) -> list[dict[str, Any]]:
-    rows, kept = {}, set()
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    kept = set()
     for call in recorded.normalizations:
         layer, reason = call.layer, call.reason
         if not reason and not call.whole and flow.is_activation(call.mean):
@@ -294,7 +296,7 @@ def _shortened(inputs) -> str:
     return text if len(text) <= _INPUT_WIDTH else text[: _INPUT_WIDTH - 3] + "..."
 
 
-def _size(n: int) -> str:
+def _size(n: float) -> str:
     for unit in ("bytes", "kB", "MB"):
         if n < 1000:
             return f"{n:.3g} {unit}"

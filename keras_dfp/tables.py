@@ -7,9 +7,14 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-T = TypeVar("T")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+T = TypeVar("T", bound=_Dataclass)
 
 _PLAIN = {
     str: ("a string", "strings"),
@@ -41,7 +46,7 @@ def make(cls: type[T], table: Any, prefix: str = "", finite: bool = True) -> T:
     """
     if not isinstance(table, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'it'} must be a table; got {_short(table)}.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in table.keys() - fields.keys():
         raise ValueError(f"unknown key '{prefix}{key}'; there are: {', '.join(fields)}.")
     for key, field in fields.items():
@@ -52,7 +57,7 @@ def make(cls: type[T], table: Any, prefix: str = "", finite: bool = True) -> T:
     values = {}
     for key, value in table.items():
         hint, name = hints[key], f"{prefix}{key}"
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             whole = isinstance(value, hint)
             values[key] = value if whole else make(hint, value, f"{name}.", finite)
             continue

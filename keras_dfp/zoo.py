@@ -15,6 +15,7 @@ The networks themselves are in the folder `model_zoo`; docs/zoo.md says where th
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import difflib
 import importlib
@@ -213,6 +214,6 @@ def _check_imagenet_shape(name: str, input_shape: tuple[int, int, int], classes:
 
 
 # Last, because it hides Python's own from here on.
-def list() -> list[str]:
+def list() -> builtins.list[str]:
     """Returns the names of the networks, sorted."""
     return sorted(path.parent.name for path in _FOLDER.glob("*/recipe.toml"))

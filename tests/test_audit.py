@@ -243,7 +243,7 @@ def test_command_of_a_file(tmp_path):
     output = run(tmp_path / "model.keras", "--data", photos, "--policy", "dfp16:mantissa_bits=8")
     assert "stem" in output and "'mantissa_bits': 16" in output
     assert "needs --data" in run(tmp_path / "model.keras", code=2)
-    assert "There is no folder" in run("lenet", "--plot", tmp_path / "no" / "a.png", code=1)
+    assert "There is no folder" in run("lenet", "--plot", tmp_path / "no" / "a.png", code=2)
     assert "neither a .keras file nor" in run("resnet5", "--data", photos, code=2)
 
 

@@ -114,7 +114,7 @@ def _is_outer(name: str, args, kwargs, operands) -> bool:
         return len(operands) == 2 and not summed
     if name == "tensordot":
         axes = args[2] if len(args) > 2 else kwargs.get("axes", 2)
-        return axes is not None and np.size(axes) == 1 and np.all(np.equal(axes, 0))
+        return axes is not None and np.size(axes) == 1 and bool(np.all(np.equal(axes, 0)))
     if name in ("matmul", "dot"):
         shape = tf.TensorShape(operands[0].shape)
         return shape.rank is not None and shape.rank > 1 and shape[-1] == 1

@@ -68,20 +68,22 @@ class Recording(list[Product]):
     Attributes:
         normalizations: What batch norm did.
         makers: From an op of a graph to the layer that made it.
-        graph: The graph that `trace` traced the model in.
+        graph: The graph that `trace` traced the model in; not set by `record`.
     """
 
-    def __init__(self):
+    graph: tf.Graph
+
+    def __init__(self) -> None:
         super().__init__()
         self.normalizations: list[Normalization] = []
         self.makers: dict[tf.Operation, keras.layers.Layer | None] = {}
-        self.graph: tf.Graph | None = None
 
 
 class _State(threading.local):
-    products: Recording | None = None
-    operands: list[Quantized] = ()
-    inside_product = False
+    def __init__(self) -> None:
+        self.products: Recording | None = None
+        self.operands: list[Quantized] = []
+        self.inside_product = False
 
 
 _state = _State()
@@ -94,14 +96,15 @@ def record() -> Iterator[Recording]:
     Besides those that pass the dispatcher, it sees the multiplying TensorFlow ops that a layer
     creates directly, such as `tf.matmul`.
     """
-    _state.products, _state.operands = Recording(), []
+    recorded = _state.products = Recording()
+    _state.operands = []
     op_callbacks.add_op_callback(_watch_op)
     try:
         with noted(_state.operands.append):
-            yield _state.products
+            yield recorded
     finally:
         op_callbacks.remove_op_callback(_watch_op)
-        _state.products, _state.operands = None, ()
+        _state.products, _state.operands = None, []
 
 
 def active() -> bool:
@@ -125,7 +128,7 @@ def trace(model: keras.layers.Layer, inputs) -> Recording:
     """
 
     def call(*args):
-        _state.products.graph = tf.compat.v1.get_default_graph()
+        products.graph = tf.compat.v1.get_default_graph()
         return model(*args, training=True)
 
     functions_run_eagerly = tf.config.functions_run_eagerly()
@@ -150,11 +153,12 @@ def trace(model: keras.layers.Layer, inputs) -> Recording:
 @contextlib.contextmanager
 def product(layer, operation: str, decision: Decision) -> Iterator[None]:
     """Marks what a product of the dispatcher runs, and notes it if somebody is recording."""
-    if _state.products is None or _state.inside_product:
+    recorded = _state.products
+    if recorded is None or _state.inside_product:
         yield
         return
     _state.operands.clear()
-    noticed = _note(layer, operation, decision)
+    noticed = _note(recorded, layer, operation, decision)
     _state.inside_product = True
     try:
         yield
@@ -181,7 +185,7 @@ def _watch_op(op_type, inputs, attrs, outputs, op_name=None, graph=None):
         _note(layer := calling_layer(), op_type, _decide_raw(layer, op_type))
     elif op_type in _DFP_PRODUCTS:
         decision = Decision(ops.current_format(), "calls keras_dfp.ops")
-        _note(calling_layer(), op_type, decision).operands.extend(_state.operands)
+        _note(_state.products, calling_layer(), op_type, decision).operands.extend(_state.operands)
         _state.operands.clear()
 
 
@@ -195,7 +199,7 @@ def _decide_raw(layer, op_type) -> Decision:
     return Decision(None, reason)
 
 
-def _note(layer, operation, decision) -> Product:
+def _note(recorded: Recording, layer, operation, decision) -> Product:
     graph = tf.compat.v1.get_default_graph()
-    _state.products.append(Product(layer, operation, decision, graph))
-    return _state.products[-1]
+    recorded.append(Product(layer, operation, decision, graph))
+    return recorded[-1]

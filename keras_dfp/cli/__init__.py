@@ -39,7 +39,7 @@ class _Group(click.Group):
         except TrainingError as error:
             raise failure(error) from error
         except (MemoryError, tf.errors.ResourceExhaustedError) as error:
-            raise failure(f"There is not enough memory, or disk. {error}") from error
+            raise failure(f"There is not enough memory, or disk: {reason(error)}") from error
         except (tf.errors.PermissionDeniedError, tf.errors.NotFoundError) as error:
             raise failure(reason(error)) from error
         except OSError as error:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -439,10 +440,19 @@ def _run(
         plot_path: Where to draw it.
         parts: What to add to a run's settings: one process each.
     """
-    document = {"schema": SCHEMA, "benchmark": benchmark, "complete": False, "runs": []}
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "benchmark": benchmark,
+        "complete": False,
+        "runs": [],
+    }
     try:
         for settings, n in itertools.product(each, threads):
-            run = {"settings": {**settings, "isa": isa, "threads": n}, "machine": {}, "rows": []}
+            run: dict[str, Any] = {
+                "settings": {**settings, "isa": isa, "threads": n},
+                "machine": {},
+                "rows": [],
+            }
             document["runs"].append(run)
             for part in parts:
                 _measure(benchmark, run, part)
@@ -458,7 +468,7 @@ def _run(
             _print_summaries(benchmark, run)
         raise
     except RuntimeError as error:
-        raise click.ClickException(str(error)) from error
+        raise failure(error) from error
     finally:
         document["runs"] = [run for run in document["runs"] if run["rows"]]
         if json_path and document["runs"]:

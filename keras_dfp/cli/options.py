@@ -217,7 +217,10 @@ class OutputFile(click.Path):
         if self.suffixes and path.suffix not in self.suffixes:
             *others, last = self.suffixes
             self.fail(f"{shown(path)} must end in {', '.join(others)} or {last}.", param, ctx)
-        check_folder(path)
+        try:
+            check_folder(path)
+        except click.ClickException as error:
+            self.fail(error.message, param, ctx)
         return path
 
 

@@ -75,7 +75,7 @@ def train(output: Path | None, resume: bool, checkpoint_steps: int, **options) -
             + (f", of which {run.progress.step} done" if run.progress.step else ""),
             bold=True,
         )
-    if run.new_classifier:
+    if this.weights is not None and run.new_classifier:
         click.echo(
             f"Its classifier is new: the weights of {shown(this.weights)} are for other classes."
         )

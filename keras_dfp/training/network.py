@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -49,7 +50,7 @@ def build(
     Raises:
         RunError: If the images are too small for it, say.
     """
-    options = {"classifier_activation": None} if training else {}
+    options: dict[str, Any] = {"classifier_activation": None} if training else {}
     if training and settings.recipe.auxiliary_weight:
         options["auxiliary"] = True
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import keras
 
@@ -35,16 +36,16 @@ def policy(spelling: str) -> keras.DTypePolicy:
         if options:
             raise ValueError(f"{name} has no options; got {':'.join(options)!r}.")
         return keras.DTypePolicy(name)
-    values = {}
+    values: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if key not in OPTIONS or not equals:
             raise ValueError(
                 f"{name} takes :option=value with the options {', '.join(OPTIONS)}; got {option!r}."
             )
-        if key == "mantissa_bits" and value.isdecimal():
-            value = int(value)
-        if key == "fused" and value in ("true", "false"):
-            value = value == "true"
         values[key] = value.split("+") if key == "products" else value
+        if key == "mantissa_bits" and value.isdecimal():
+            values[key] = int(value)
+        if key == "fused" and value in ("true", "false"):
+            values[key] = value == "true"
     return DFPPolicy(name, **values)

@@ -56,3 +56,4 @@ def learning_rate(recipe: Recipe, progress: float, reductions: int = 0) -> float
             return rate * (1 + math.cos(math.pi * progress)) / 2
         case Plateau(factor=factor):
             return rate * factor**reductions
+    raise TypeError(f"There is no rate for a {type(schedule).__name__}.")

@@ -320,7 +320,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         message = error.object.decode(errors="backslashreplace")
     else:
-        message = error.message
+        message = error.message if isinstance(error, tf.errors.OpError) else str(error)
     if "Could not parse example input" in message:
         # All of it follows.
         return "it is no tf.train.Example."
@@ -348,7 +348,7 @@ def _parts(
     known = ("train", *TEST_FOLDERS)
     records = [match for name in names if (match := RECORDS.match(name))]
     if not records:
-        parts = {
+        parts: dict[str, Callable[[], Source]] = {
             part: functools.partial(ClassFolders, folder / part, channels, skip_bad)
             for part in known
             if part in names
