@@ -6,10 +6,12 @@
 >>> model.compile("sgd", "sparse_categorical_crossentropy")
 
 Importing the package installs the plugin in Keras's TensorFlow backend; it changes nothing until a
-layer runs under a `DFPPolicy`. `keras_dfp.backend.uninstall()` takes it out again.
+layer runs under a `DFPPolicy`. `keras_dfp.backend.uninstall()` takes it out again. With a Keras
+that it does not know, it warns and installs nothing; making a `DFPPolicy` raises then.
 """
 
 import importlib.util as _importlib
+import warnings as _warnings
 
 if _importlib.find_spec("tensorflow") is None:
     raise ImportError(
@@ -60,5 +62,9 @@ __all__ = [
     "zoo",
 ]
 
-backend.install()
+try:
+    backend.install()
+except RuntimeError as _error:
+    # Not an error yet: a program that stays in float32 goes on.
+    _warnings.warn(str(_error), stacklevel=2)
 _warn_of_legacy_keras()

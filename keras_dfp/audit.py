@@ -11,11 +11,11 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.random.seed_generator import global_seed_generator as global_seed
 
 from keras_dfp import auditing
 from keras_dfp.backend.registry import installed
 from keras_dfp.files import written_whole
+from keras_dfp.internals import global_seed_generator as global_seed
 from keras_dfp.legacy import check_model
 from keras_dfp.number import DFPFormat
 

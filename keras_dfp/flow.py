@@ -13,12 +13,10 @@ from fractions import Fraction
 
 import keras
 import tensorflow as tf
-from keras.src.layers.convolutional.base_conv import BaseConv
-from keras.src.layers.convolutional.base_depthwise_conv import BaseDepthwiseConv
-from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 
 from keras_dfp.backend.recording import Recording
 from keras_dfp.fusion import Chain, chain_of
+from keras_dfp.internals import ControlFlowFuncGraph
 from keras_dfp.operand import Quantized
 
 _CLIPS = {"relu": "ReLU", "relu6": "ReLU6"}
@@ -57,8 +55,11 @@ _ACTIVATING = (
     keras.layers.Activation,
     keras.layers.Dense,
     keras.layers.EinsumDense,
-    BaseConv,
-    BaseDepthwiseConv,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
 )
 
 

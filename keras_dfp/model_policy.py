@@ -8,20 +8,24 @@ from collections.abc import Iterator
 
 import keras
 from keras import dtype_policies
-from keras.src.layers.convolutional.base_conv import BaseConv
-from keras.src.layers.convolutional.base_conv_transpose import BaseConvTranspose
-from keras.src.layers.convolutional.base_depthwise_conv import BaseDepthwiseConv
-from keras.src.layers.convolutional.base_separable_conv import BaseSeparableConv
-from keras.src.models import cloning
-from keras.src.models.functional import Functional
-from keras.src.trainers.trainer import Trainer
 
-from keras_dfp import backend
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import Functional, Operation, Trainer, cloning
 from keras_dfp.legacy import check_model
-from keras_dfp.policy import DFPPolicy
+from keras_dfp.policy import DFPPolicy, with_plugin
 
-_CONVOLUTIONS = (BaseConv, BaseConvTranspose, BaseDepthwiseConv, BaseSeparableConv)
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2D,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3D,
+    keras.layers.Conv3DTranspose,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
 
 
 def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolicy) -> None:
@@ -47,8 +51,7 @@ def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolic
     >>> keras_dfp.set_model_policy(model, "dfp16")
     """
     check_model("set_model_policy", model)
-    backend.install()
-    policy = dtype_policies.get(policy)
+    policy = dtype_policies.get(with_plugin(policy))
     if not isinstance(policy, DFPPolicy) and policy != keras.DTypePolicy("float32"):
         raise ValueError(
             f"set_model_policy: policy must be a DFPPolicy or 'float32'; got {policy!r}."
@@ -156,7 +159,7 @@ def _clone_functional_policy(original):
     return clone
 
 
-@replaces(Trainer, "compile")
+@replaces(Trainer, "compile", "self ...")
 def _settle_when_compiled(original):
     @functools.wraps(original)
     def compile(self, *args, **kwargs):
@@ -167,7 +170,7 @@ def _settle_when_compiled(original):
     return compile
 
 
-@replaces(keras.Operation, "_post_build", "self")
+@replaces(Operation, "_post_build", "self", called_by=keras.layers.Layer.__new__)
 def _settle_when_built(original):
     @functools.wraps(original)
     def post_build(self):

@@ -22,13 +22,13 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework.auto_control_deps_utils import get_read_write_resource_inputs
-from tensorflow.python.ops.control_flow_v2_func_graphs import (
-    CondBranchFuncGraph,
-    ControlFlowFuncGraph,
-)
 
 from keras_dfp import native
+from keras_dfp.internals import (
+    CondBranchFuncGraph,
+    ControlFlowFuncGraph,
+    get_read_write_resource_inputs,
+)
 from keras_dfp.native import Operand
 from keras_dfp.number import DFPFormat
 

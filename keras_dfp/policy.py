@@ -14,15 +14,11 @@ from typing import Any
 
 import keras
 from keras import dtype_policies
-from keras.src import dtype_policies as keras_policies
-from keras.src import models
-from keras.src.backend.common import global_state
-from keras.src.dtype_policies import dtype_policy as keras_policy
-from keras.src.models import functional
 
-from keras_dfp import backend, ops
+from keras_dfp import backend, internals, ops
 from keras_dfp.backend.calling import SCOPES, Decision, float32_by_default
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import Functional, functional, global_state
 from keras_dfp.number import PRODUCTS, DFPFormat
 
 NAMES = ("dfp16", "dfp16_paper")
@@ -75,6 +71,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
 
     Raises:
         ValueError: If an argument is not allowed; the message says what is.
+        RuntimeError: With a Keras that keras_dfp does not know.
 
     Example:
 
@@ -97,6 +94,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         exclude: Iterable[str] = (),
         overrides: Mapping[str, Any] | None = None,
     ):
+        backend.check()
         if name not in NAMES:
             allowed = " or ".join(map(repr, NAMES))
             raise ValueError(f"The name of a DFPPolicy must be {allowed}; got {name!r}.")
@@ -285,8 +283,18 @@ def set_policy(policy: str | dtype_policies.DTypePolicy) -> None:
     >>> keras_dfp.set_policy("dfp16")
     >>> model = keras.applications.ResNet50(weights=None)
     """
-    backend.install()
-    keras.config.set_dtype_policy(policy)
+    keras.config.set_dtype_policy(with_plugin(policy))
+
+
+def with_plugin(policy):
+    """Returns a dtype policy, or its name; installs the plugin if it is a DFPPolicy."""
+    if policy in NAMES:
+        policy = DFPPolicy(policy)
+    elif isinstance(policy, dict):
+        policy = dtype_policies.deserialize(policy)
+    if isinstance(policy, DFPPolicy):
+        backend.install()
+    return policy
 
 
 @contextlib.contextmanager
@@ -318,23 +326,23 @@ def _global_format() -> DFPFormat | None:
 ops.default_format = _global_format
 
 
-# A class that ever had a `__new__` cannot return to object's: give it a plain one to return to.
-keras.DTypePolicy.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))
-
-
-@replaces(keras.DTypePolicy, "__new__")
-def _new_by_name(original):
+# Not `__new__`: a class that ever had one of its own cannot return to object's.
+@replaces(keras.DTypePolicy, "__init__", "self name")
+def _made_by_name(original):
     """Lets `keras.DTypePolicy("dfp16")`, hence every name given to Keras, be a DFPPolicy."""
 
-    def new(cls, name=None, *args, **kwargs):
-        if cls is keras.DTypePolicy and name in NAMES:
-            cls = DFPPolicy
-        return object.__new__(cls)
+    @functools.wraps(original)
+    def init(self, name=None):
+        if type(self) is keras.DTypePolicy and name in NAMES:
+            self.__class__ = DFPPolicy
+            self.__init__(name)
+        else:
+            original(self, name)
 
-    return staticmethod(new)
+    return init
 
 
-@replaces(keras_policy, "_get_quantized_dtype_policy_by_str", "policy")
+@replaces(internals.dtype_policy, "_get_quantized_dtype_policy_by_str", "policy")
 def _quantized_by_name(original):
     """Lets a layer on integers be quantised by Keras as the float32 layer it is otherwise."""
 
@@ -347,7 +355,7 @@ def _quantized_by_name(original):
     return by_name
 
 
-@replaces(keras_policy.QuantizedDTypePolicy, "__init__", "self mode source_name")
+@replaces(internals.QuantizedDTypePolicy, "__init__", "self mode source_name")
 def _quantized_from_float32(original):
     @functools.wraps(original)
     def init(self, mode, source_name=None):
@@ -358,7 +366,7 @@ def _quantized_from_float32(original):
     return init
 
 
-@replaces(global_state, "threading")
+@replaces(global_state, "threading", kind=types.ModuleType, called_by=keras.utils.clear_session)
 def _warn_when_the_policy_is_dropped(original):
     """Lets `clear_session` say that it drops a DFPPolicy: what follows would run in float32.
 
@@ -381,7 +389,7 @@ def _warn_when_the_policy_is_dropped(original):
     return types.SimpleNamespace(**{**vars(original), "local": local})
 
 
-@replaces(keras.layers.Layer, "dtype_policy")
+@replaces(keras.layers.Layer, "dtype_policy", "self value", kind=property)
 def _assign_dtype_policy(original):
     """Lets `layer.dtype_policy = ...` replace a policy where a DFPPolicy comes or goes.
 
@@ -408,7 +416,12 @@ def _assign_dtype_policy(original):
     return property(original.fget, assign, doc=original.__doc__)
 
 
-@replaces(keras_policies, "serialize", "dtype_policy")
+@replaces(
+    internals.dtype_policies,
+    "serialize",
+    "dtype_policy",
+    called_by=keras.layers.Layer.get_config,
+)
 def _name_the_package(original):
     """Saves policies so that a Keras without this package says which class it lacks."""
 
@@ -427,7 +440,7 @@ def _name_the_package(original):
 _owners: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-@replaces(models.Functional, "__init__", "self inputs outputs name kwargs")
+@replaces(Functional, "__init__", "self inputs outputs name kwargs")
 def _share_functional_policy(original):
     """Gives a model of another one's nodes that one's policy: `keras.ops` nodes have none."""
 
@@ -448,7 +461,7 @@ def _share_functional_policy(original):
     return init
 
 
-@replaces(models.Functional, "get_config", "self")
+@replaces(Functional, "get_config", "self")
 def _save_functional_policy(original):
     """Saves the policy of a functional model itself: its `keras.ops` nodes multiply under it."""
 
@@ -456,13 +469,18 @@ def _save_functional_policy(original):
     def get_config(self):
         config = original(self)
         if isinstance(self.dtype_policy, DFPPolicy):
-            config["dtype"] = keras_policies.serialize(self.dtype_policy)
+            config["dtype"] = internals.dtype_policies.serialize(self.dtype_policy)
         return config
 
     return get_config
 
 
-@replaces(functional, "functional_from_config", "cls config custom_objects")
+@replaces(
+    functional,
+    "functional_from_config",
+    "cls config custom_objects",
+    called_by=keras.Model.from_config,
+)
 def _load_functional_policy(original):
     """Loads it again; a model saved in FP32 does not take a global DFPPolicy on."""
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
 from keras_dfp import native
+from keras_dfp.internals import control_flow_util
 from keras_dfp.native import Factor, Operand, Product
 from keras_dfp.number import DFPFormat
 from keras_dfp.operand import Size, reshape

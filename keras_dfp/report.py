@@ -8,7 +8,6 @@ import warnings
 from typing import Any
 
 import keras
-from keras.src import tree
 
 from keras_dfp import native
 from keras_dfp.backend import recording
@@ -183,7 +182,7 @@ def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None)
 def _symbolic_inputs(model, inputs, input_shape):
     """Returns the structure of KerasTensors that the model is called with."""
     if inputs is not None:
-        return tree.map_structure(symbolic, inputs)
+        return keras.tree.map_structure(symbolic, inputs)
     if input_shape is not None:
         return keras.KerasTensor(input_shape)
     inputs = known_inputs(model)
@@ -200,7 +199,7 @@ def _symbolic_inputs(model, inputs, input_shape):
         "float32. If they are not, pass inputs=, an example batch or keras.Input()s.",
         stacklevel=3,
     )
-    return tree.map_shape_structure(keras.KerasTensor, shapes[0])
+    return keras.tree.map_shape_structure(keras.KerasTensor, shapes[0])
 
 
 def _rows(model, products, flow) -> tuple[list[dict[str, Any]], list[int | None]]:

@@ -216,7 +216,7 @@ def test_padding_changes_no_bit_of_one_head(kind, causal, with_key):
         close(clean, stock, 5e-3)
 
 
-def test_one_head_with_nothing_to_see_gets_the_mean():
+def test_one_head_with_nothing_to_see_gets_what_keras_gives_it():
     x, mask = random(2, 4, 8), np.array([[False] * 4, [False, True, True, False]])
     x[1, 0] = 3.0
 

@@ -29,8 +29,9 @@ layer with another policy computes exactly what it computes without the plugin.
     recording.py   watches a trace: products, operands, batch norm; for `describe`
 
 To do one more thing differently, decorate `make(original) -> replacement` with
-`registry.replaces(owner, name)`. `keras_dfp.policy` and `keras_dfp.model_policy` add the entries
-that concern policies.
+`registry.replaces(owner, name, parameters)`; what is not public in Keras is found in
+`keras_dfp.internals`. `keras_dfp.policy` and `keras_dfp.model_policy` add the entries that concern
+policies.
 """
 
 from keras_dfp.backend import attention as attention
@@ -41,6 +42,7 @@ from keras_dfp.backend import normalization as normalization
 from keras_dfp.backend import products as products
 from keras_dfp.backend import remat as remat
 from keras_dfp.backend import rnn as rnn
+from keras_dfp.backend.registry import check as check
 from keras_dfp.backend.registry import install as install
 from keras_dfp.backend.registry import installed as installed
 from keras_dfp.backend.registry import uninstall as uninstall

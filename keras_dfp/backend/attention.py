@@ -13,17 +13,27 @@ from keras import layers
 from keras_dfp.attention import Seen
 from keras_dfp.backend.calling import calling_layer, decide
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import KERAS
 
 
 def _on_integers() -> bool:
     return decide(calling_layer()).format is not None
 
 
+_ARGUMENTS = "self query key value attention_mask ..."
+
+
 @replaces(
-    layers.MultiHeadAttention, "_compute_attention", "self query key value attention_mask ..."
+    layers.MultiHeadAttention,
+    "_compute_attention",
+    _ARGUMENTS,
+    called_by=layers.MultiHeadAttention.call,
 )
 @replaces(
-    layers.GroupQueryAttention, "_compute_attention", "self query key value attention_mask ..."
+    layers.GroupQueryAttention,
+    "_compute_attention",
+    _ARGUMENTS,
+    called_by=layers.GroupQueryAttention.call,
 )
 def _many_heads(original):
     @functools.wraps(original)
@@ -65,7 +75,12 @@ def _call(original):
     return call
 
 
-@replaces(layers.Attention, "_apply_scores", "self scores value scores_mask training")
+@replaces(
+    layers.Attention,
+    "_apply_scores",
+    "self scores value scores_mask training",
+    called_by=layers.Attention.call,
+)
 def _one_head(original):
     @functools.wraps(original)
     def _apply_scores(self, scores, value, scores_mask=None, training=False):
@@ -78,6 +93,9 @@ def _one_head(original):
         seen = Seen(mask, f"{batch}ts")
         hidden = seen.hide(value, f"{batch}sh")
         y, weights = original(self, scores, hidden, scores_mask, training)
+        if KERAS >= (3, 16):
+            # There, a query that sees nothing gets zeros.
+            return y, weights
         return seen.or_mean(y, f"{batch}th", value, f"{batch}sh"), weights
 
     return _apply_scores

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import keras
 import tensorflow as tf
-from keras.src.backend.common import global_state
-from keras.src.backend.common.name_scope import current_path
-from tensorflow.python.framework.func_graph import FuncGraph
 
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import current_path, global_state
 from keras_dfp.number import DFPFormat
 
 SCOPES = ("weights", "all")
@@ -96,7 +94,7 @@ def _name_scopes(scopes) -> Iterator[None]:
 # variables that are created inside, also those of float32 models.
 
 
-@replaces(keras.layers.TimeDistributed, "call")
+@replaces(keras.layers.TimeDistributed, "call", "self inputs ...")
 def _time_distributed(original):
     @functools.wraps(original)
     def call(self, *args, **kwargs):
@@ -107,7 +105,9 @@ def _time_distributed(original):
     return call
 
 
-@replaces(keras.layers.Layer, "stateless_call")
+@replaces(
+    keras.layers.Layer, "stateless_call", "self trainable_variables non_trainable_variables ..."
+)
 def _stateless_call(original):
     @functools.wraps(original)
     def stateless_call(self, *args, **kwargs):

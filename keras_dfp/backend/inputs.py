@@ -5,11 +5,11 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src import tree
 
 from keras_dfp.backend import recording
 from keras_dfp.backend.per_layer import PerLayer
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import Functional
 
 # From a layer to the shapes and dtypes of its last call, in the structure of its first argument;
 # None where it had other tensors besides.
@@ -24,12 +24,12 @@ def known_inputs(model: keras.layers.Layer) -> Any:
     """
     if isinstance(model, keras.Sequential) and model._functional:
         model = model._functional
-    if isinstance(model, keras.src.models.Functional):
+    if isinstance(model, Functional):
         return model.input
     last_call = _last_calls.get(model)
     if last_call is None:
         return None
-    return tree.map_structure(lambda leaf: leaf and leaf.symbolic(), last_call)
+    return keras.tree.map_structure(lambda leaf: leaf and leaf.symbolic(), last_call)
 
 
 def symbolic(x) -> keras.KerasTensor:
@@ -49,7 +49,9 @@ class _Leaf:
         return keras.KerasTensor(self.shape, dtype, sparse=self.sparse)
 
 
-@replaces(keras.layers.Layer, "_maybe_build", "self call_spec")
+@replaces(
+    keras.layers.Layer, "_maybe_build", "self call_spec", called_by=keras.layers.Layer.__call__
+)
 def _remember_call(original):
     # Keras asks in every call whether the layer is to be built.
     @functools.wraps(original)
@@ -66,4 +68,4 @@ def _first_argument(call_spec):
     names = [name for name in tensors if not name.endswith("mask")]
     if names != call_spec.argument_names[:1]:
         return None
-    return tree.map_structure(lambda x: x if x is None else _Leaf(x), tensors[names[0]])
+    return keras.tree.map_structure(lambda x: x if x is None else _Leaf(x), tensors[names[0]])

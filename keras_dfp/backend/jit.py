@@ -4,16 +4,15 @@ Keras's warning."""
 import functools
 
 import keras
-from keras.src.models.functional import Functional
-from keras.src.trainers import trainer
 
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import ATTENTION, decide, owns_weights
 from keras_dfp.backend.inputs import known_inputs
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import Functional, trainer
 
 
-@replaces(trainer, "model_supports_jit", "model")
+@replaces(trainer, "model_supports_jit", "model", called_by=keras.Model.jit_compile.fset)
 def _model_supports_jit(original):
     @functools.wraps(original)
     def model_supports_jit(model):

@@ -8,11 +8,8 @@ import functools
 
 import keras
 import tensorflow as tf
-from keras.src.backend.tensorflow import nn as knn
-from keras.src.backend.tensorflow import numpy as knp
-from tensorflow.python.eager.polymorphic_function import atomic_function
 
-from keras_dfp import fusion, normalization
+from keras_dfp import fusion, internals, normalization
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import calling_layer, decide
 from keras_dfp.backend.registry import replaces
@@ -49,7 +46,7 @@ def _not_native(decision, x, axis, parameters) -> str:
     return ""
 
 
-@replaces(knn, "moments", "x axes keepdims synchronized")
+@replaces(internals.nn, "moments", "x axes keepdims synchronized", called_by=keras.ops.moments)
 def _moments(original):
     @functools.wraps(original)
     def moments(x, axes, keepdims=False, synchronized=False):
@@ -68,7 +65,12 @@ def _moments(original):
     return moments
 
 
-@replaces(knn, "batch_normalization", "x mean variance axis offset scale epsilon")
+@replaces(
+    internals.nn,
+    "batch_normalization",
+    "x mean variance axis offset scale epsilon",
+    called_by=keras.ops.batch_normalization,
+)
 def _batch_normalization(original):
     @functools.wraps(original)
     def batch_normalization(x, mean, variance, axis, offset=None, scale=None, epsilon=1e-3):
@@ -90,7 +92,7 @@ def _batch_normalization(original):
     return batch_normalization
 
 
-@replaces(knp, "add", "x1 x2")
+@replaces(internals.numpy, "add", "x1 x2", called_by=keras.ops.add)
 def _add(original):
     @functools.wraps(original)
     def add(x1, x2):
@@ -169,7 +171,12 @@ def _read(tensor) -> list[tf.Tensor]:
     return list(op.inputs)
 
 
-@replaces(atomic_function, "from_func_graph", "name graph ...")
+@replaces(
+    internals.atomic_function,
+    "from_func_graph",
+    "name graph ...",
+    called_by=internals.from_func_graph,
+)
 def _from_func_graph(original):
     """Every function that TensorFlow makes of a graph is made of the fused one."""
 

@@ -10,11 +10,8 @@ import threading
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend.tensorflow import nn
-from keras.src.backend.tensorflow import numpy as knp
-from keras.src.ops import image
 
-from keras_dfp import auditing, ops
+from keras_dfp import auditing, internals, ops
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import ATTENTION, Decision, calling_layer, decide, in_scope
 from keras_dfp.backend.losses import site_of
@@ -24,19 +21,24 @@ from keras_dfp.product import refuse_xla
 # The operands come first; what follows them are the options that keras_dfp.ops takes too.
 _CONV = "strides padding data_format dilation_rate"
 _PRODUCTS = (
-    (nn, "conv", 2, f"* * {_CONV}"),
-    (nn, "depthwise_conv", 2, f"* * {_CONV}"),
-    (nn, "separable_conv", 3, f"* * * {_CONV}"),
-    (nn, "conv_transpose", 2, "* * strides padding output_padding data_format dilation_rate"),
+    (internals.nn, "conv", 2, f"* * {_CONV}"),
+    (internals.nn, "depthwise_conv", 2, f"* * {_CONV}"),
+    (internals.nn, "separable_conv", 3, f"* * * {_CONV}"),
     (
-        nn,
+        internals.nn,
+        "conv_transpose",
+        2,
+        "* * strides padding output_padding data_format dilation_rate",
+    ),
+    (
+        internals.nn,
         "dot_product_attention",
         3,
         "* * * bias mask scale is_causal flash_attention attn_logits_soft_cap",
     ),
-    (knp, "matmul", 2, "* *"),
-    (knp, "dot", 2, "* *"),
-    (knp, "tensordot", 2, "* * axes"),
+    (internals.numpy, "matmul", 2, "* *"),
+    (internals.numpy, "dot", 2, "* *"),
+    (internals.numpy, "tensordot", 2, "* * axes"),
 )
 
 
@@ -134,7 +136,7 @@ def _check_operands(decision: Decision, operands) -> Decision:
 
 
 def _register(owner, name: str, operands: int, parameters: str) -> None:
-    @replaces(owner, name, parameters)
+    @replaces(owner, name, parameters, called_by=getattr(keras.ops, name))
     def make(original):
         signature = inspect.signature(original)
 
@@ -150,7 +152,7 @@ for _product in _PRODUCTS:
     _register(*_product)
 
 
-@replaces(knp, "einsum", "subscripts operands kwargs")
+@replaces(internals.numpy, "einsum", "subscripts operands kwargs", called_by=keras.ops.einsum)
 def _einsum(original):
     def split(subscripts, *operands, **kwargs):
         return operands, lambda f, changed: f(subscripts, *changed, **kwargs)
@@ -188,7 +190,9 @@ def _reflected_operator(original):
 
 
 def _register_movement(name: str) -> None:
-    @replaces(image, name)
+    caller = getattr(keras.ops.image, name.lstrip("_"))
+
+    @replaces(internals.image, name, "...", called_by=caller)
     def make(original):
         @functools.wraps(original)
         def move(*args, **kwargs):
@@ -200,7 +204,7 @@ def _register_movement(name: str) -> None:
 
 _MOVEMENT = Decision(None, "moves data; a convolution on integers would round it")
 
-# They multiply by an identity matrix. Not all of them exist in every Keras.
-for _name in ("_extract_patches", "_extract_patches_3d"):
-    if hasattr(image, _name):
-        _register_movement(_name)
+# They multiply by an identity matrix.
+_register_movement("_extract_patches")
+if hasattr(keras.ops.image, "extract_patches_3d"):  # since Keras 3.13
+    _register_movement("_extract_patches_3d")

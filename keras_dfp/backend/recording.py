@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework import op_callbacks
 
 from keras_dfp import ops
 from keras_dfp.backend.calling import Decision, calling_layer, decide
+from keras_dfp.internals import compute_output_spec, op_callbacks
 from keras_dfp.operand import Quantized, noted
 
 # TensorFlow ops that multiply, and what Keras calls them. Whoever calls them directly passes by
@@ -138,7 +138,7 @@ def trace(model: keras.layers.Layer, inputs) -> Recording:
         tf.config.run_functions_eagerly(inline)
         try:
             with record() as products:
-                keras.src.backend.compute_output_spec(call, inputs)
+                compute_output_spec(call, inputs)
             return products
         except Exception as exception:
             error = exception

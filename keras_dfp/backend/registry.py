@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import inspect
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import keras
+from keras_dfp import internals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,30 +18,51 @@ class Replacement:
     """One attribute of Keras that is replaced while the plugin is installed.
 
     Args:
-        owner: The module or class that holds the attribute.
+        owner: The module or class that holds the attribute itself, not by inheritance.
         name: The attribute's name.
         make: Takes the original and returns what stands in its place.
-        parameters: The parameter names the original must have for the replacement to be right,
-            `"*"` standing for any name and a last `"..."` for any further ones; `None` if only its
-            presence matters.
+        parameters: The parameter names the original must have for the replacement to be right
+            (a property: its setter), `"*"` standing for any name and a last `"..."` for any
+            further ones.
+        called_by: A function of Keras whose code must look the attribute up in its owner: else
+            Keras calls something else, and the replacement would never run. `None` where any call
+            of a public method is one.
+        kind: The type that the attribute must have, if it is not a function.
     """
 
     owner: Any
     name: str
     make: Callable[[Any], Any]
-    parameters: tuple[str, ...] | None = None
+    parameters: tuple[str, ...] = ("...",)
+    called_by: Callable | None = None
+    kind: type | None = None
 
     def __str__(self) -> str:
         return f"{getattr(self.owner, '__qualname__', self.owner.__name__)}.{self.name}"
 
     def check(self) -> None:
         """Raises RuntimeError if Keras's function is not the one this was written for."""
-        original = getattr(self.owner, self.name, None)
-        if original is None:
-            raise self._unknown_keras("it does not exist")
-        if self.parameters is None:
-            return
-        found = tuple(inspect.signature(original).parameters)
+        if not hasattr(self.owner, self.name):
+            raise internals.unknown(f"{self} does not exist")
+        # Not `getattr`: `install` takes it from here, so that what is static stays static.
+        if self.name not in vars(self.owner):
+            raise internals.unknown(f"{self} is inherited")
+        original = vars(self.owner)[self.name]
+        if not (callable(original) if self.kind is None else isinstance(original, self.kind)):
+            raise internals.unknown(f"{self} is a {type(original).__name__}")
+        if self.kind is not types.ModuleType:
+            self._check_parameters(original.fset if self.kind is property else original)
+        if self.called_by is not None and not _looks_up(self.called_by, self.owner, self.name):
+            raise internals.unknown(
+                f"{self} is not what {self.called_by.__module__}.{self.called_by.__qualname__} "
+                "calls"
+            )
+
+    def _check_parameters(self, original) -> None:
+        try:
+            found = tuple(inspect.signature(original).parameters)
+        except (TypeError, ValueError):
+            raise internals.unknown(f"{self} does not tell its parameters") from None
         expected, compared = self.parameters, found
         if expected[-1:] == ("...",):
             expected = expected[:-1]
@@ -46,30 +70,78 @@ class Replacement:
         if len(compared) != len(expected) or any(
             wanted not in ("*", name) for wanted, name in zip(expected, compared, strict=True)
         ):
-            raise self._unknown_keras(
-                f"its parameters are ({', '.join(found)}), not ({', '.join(self.parameters)})"
+            raise internals.unknown(
+                f"the parameters of {self} are ({', '.join(found)}), "
+                f"not ({', '.join(self.parameters)})"
             )
 
-    def _unknown_keras(self, problem: str) -> RuntimeError:
-        return RuntimeError(
-            f"keras_dfp does not know Keras {keras.__version__}: {self}: {problem}. "
-            "Nothing was installed. Use a Keras from 3.10 to 3.15, or a newer keras_dfp."
-        )
+
+def _looks_up(function: Callable, owner, name: str) -> bool:
+    """Tells whether the code of a function looks up `name` in `owner`.
+
+    That of a class counts wherever `name` is looked up in something that is not a module.
+    """
+    function = inspect.unwrap(function)
+    scope = function.__globals__
+    found = None
+    for instruction in _instructions(function.__code__):
+        within, found = found, None
+        match instruction.opname:
+            case "LOAD_GLOBAL":
+                within, found = sys.modules[function.__module__], scope.get(instruction.argval)
+            case "IMPORT_NAME":
+                found = sys.modules.get(instruction.argval)
+                continue
+            case "LOAD_ATTR" | "LOAD_METHOD" | "IMPORT_FROM":
+                found = getattr(within, instruction.argval, None)
+            case _:
+                continue
+        if instruction.argval == name and (
+            within is owner
+            or (isinstance(owner, type) and not isinstance(within, types.ModuleType))
+        ):
+            return True
+    return False
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Yields the instructions of a function and of the functions inside it."""
+    yield from dis.get_instructions(code)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _instructions(constant)
 
 
 REGISTRY: list[Replacement] = []
 _originals: list[tuple[Replacement, Any]] = []
 
 
-def replaces(owner: Any, name: str, parameters: str | None = None) -> Callable:
-    """Decorator: registers `make(original) -> replacement` for `owner.name`."""
+def replaces(
+    owner: Any,
+    name: str,
+    parameters: str = "...",
+    *,
+    called_by: Callable | None = None,
+    kind: type | None = None,
+) -> Callable:
+    """Decorator: registers `make(original) -> replacement` for `owner.name`, as `Replacement`."""
 
     def register(make):
-        names = None if parameters is None else tuple(parameters.split())
-        REGISTRY.append(Replacement(owner, name, make, names))
+        names = tuple(parameters.split())
+        REGISTRY.append(Replacement(owner, name, make, names, called_by, kind))
         return make
 
     return register
+
+
+def check() -> None:
+    """Raises RuntimeError unless everything in Keras is as the plugin expects it."""
+    if installed():
+        return
+    if internals.missing:
+        raise internals.unknown(f"{internals.missing[0]} does not exist")
+    for replacement in REGISTRY:
+        replacement.check()
 
 
 def install() -> None:
@@ -81,13 +153,16 @@ def install() -> None:
     """
     if installed():
         return
-    for replacement in REGISTRY:
-        replacement.check()
-    for replacement in REGISTRY:
-        # Through `vars`, so that a static method or property comes back as what it was.
-        original = vars(replacement.owner)[replacement.name]
-        _originals.append((replacement, original))
-        setattr(replacement.owner, replacement.name, replacement.make(original))
+    check()
+    try:
+        for replacement in REGISTRY:
+            original = vars(replacement.owner)[replacement.name]
+            made = replacement.make(original)
+            setattr(replacement.owner, replacement.name, made)
+            _originals.append((replacement, original))
+    except BaseException:
+        uninstall()
+        raise
 
 
 def uninstall() -> None:

@@ -4,16 +4,17 @@ import contextlib
 import functools
 import inspect
 
+import keras
 import tensorflow as tf
-from keras.src.backend.tensorflow import core
 
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import bind_caller
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import core, remat_owner
 from keras_dfp.operand import noted
 
 
-@replaces(core, "remat", "f")
+@replaces(remat_owner, "remat", "f", called_by=keras.remat)
 def _remat(original):
     @functools.wraps(original)
     def remat(f):
@@ -26,7 +27,7 @@ def _remat(original):
     return remat
 
 
-@replaces(core, "custom_gradient", "fun")
+@replaces(core, "custom_gradient", "fun", called_by=keras.ops.custom_gradient)
 def _custom_gradient(original):
     @functools.wraps(original)
     def custom_gradient(fun):

@@ -3,13 +3,13 @@
 import functools
 
 import tensorflow as tf
-from keras.src import backend as keras_backend
 
 from keras_dfp import ops
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import inner_loop, rnn_owner
 
 
-@replaces(keras_backend, "rnn")
+@replaces(rnn_owner, "rnn", "step_function ...", called_by=inner_loop)
 def _rnn(original):
     @functools.wraps(original)
     def rnn(step_function, *args, **kwargs):
