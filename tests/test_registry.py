@@ -1,6 +1,7 @@
 """The plugin is in Keras as a whole or not at all, and leaves no trace."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import types
@@ -120,6 +121,15 @@ def test_a_module_that_keras_no_longer_looks_into(stock):
         copy.rnn = types.SimpleNamespace(rnn=copy.rnn.rnn)
     stock.setattr(keras.src.layers.rnn.rnn, "backend", copy)
     refuses(r"rnn is not what .*RNN\.inner_loop calls")
+
+
+def test_a_caller_that_shows_no_code(stock):
+    (matmul,) = [r for r in REGISTRY if r.name == "matmul"]
+    wrapped = functools.wraps(matmul.called_by)(lambda *args: None)
+    stock.setattr(registry, "REGISTRY", with_another(matmul, called_by=wrapped))
+    registry.check()
+    stock.setattr(registry, "REGISTRY", with_another(matmul, called_by=len))
+    refuses("matmul is not what builtins.len calls")
 
 
 def test_a_name_that_moved_away(stock):

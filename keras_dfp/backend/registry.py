@@ -82,13 +82,15 @@ def _looks_up(function: Callable, owner, name: str) -> bool:
     That of a class counts wherever `name` is looked up in something that is not a module.
     """
     function = inspect.unwrap(function)
-    scope = function.__globals__
-    found = None
+    if not hasattr(function, "__code__"):
+        return False
+    scope, found = function.__globals__, None
     for instruction in _instructions(function.__code__):
         within, found = found, None
         match instruction.opname:
             case "LOAD_GLOBAL":
-                within, found = sys.modules[function.__module__], scope.get(instruction.argval)
+                within = sys.modules.get(function.__module__)
+                found = scope.get(instruction.argval)
             case "IMPORT_NAME":
                 found = sys.modules.get(instruction.argval)
                 continue
