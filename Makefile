@@ -6,10 +6,12 @@ PYTHON ?= python3
 TENSORFLOW ?= tensorflow-cpu
 TRAIN ?= compare lenet
 TEST ?= -m "not slow"
+KERAS_TESTS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow race-check sanitize lint format build wheel clean distclean
+.PHONY: help train test test-slow race-check sanitize keras-tests matrix lint format build wheel \
+	clean distclean
 
 BIN := .venv/bin
 SCHEMA := $(BIN)/check-jsonschema --builtin-schema vendor
@@ -35,6 +37,12 @@ race-check: build/dev.stamp  ## Look for data races (needs clang and its OpenMP)
 
 sanitize: build/dev.stamp  ## Look for memory and arithmetic errors (needs clang)
 	$(BIN)/python tests/sanitize.py
+
+keras-tests: build/dev.stamp build/native.stamp  ## Run Keras's own tests with the plugin in place (hours)
+	$(BIN)/python tests/keras_tests.py $(KERAS_TESTS)
+
+matrix: build/dev.stamp  ## Test other TensorFlows, Kerases and Pythons: noxfile.py (an hour)
+	$(BIN)/nox
 
 lint: build/dev.stamp  ## Check style and types: ruff, cython-lint, mypy; GitHub's files
 	$(BIN)/ruff check .

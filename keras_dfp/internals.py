@@ -102,6 +102,7 @@ control_flow_util = find("tensorflow.python.ops.control_flow_util")
 _GRAPHS = "tensorflow.python.ops.control_flow_v2_func_graphs"
 CondBranchFuncGraph = find(f"{_GRAPHS}:CondBranchFuncGraph")
 ControlFlowFuncGraph = find(f"{_GRAPHS}:ControlFlowFuncGraph")
+FuncGraph = find("tensorflow.python.framework.func_graph:FuncGraph")
 get_read_write_resource_inputs = find(
     "tensorflow.python.framework.auto_control_deps_utils:get_read_write_resource_inputs"
 )

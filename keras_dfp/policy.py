@@ -511,7 +511,7 @@ def _save_policy_of_building(original):
         inner = [layer.dtype_policy for layer in self._flatten_layers(False, False)]
         if config and inner and isinstance(inner[0], DFPPolicy):
             if all(policy == inner[0] for policy in inner):
-                config = {**config, _BUILT_UNDER: keras_policies.serialize(inner[0])}
+                config = {**config, _BUILT_UNDER: internals.dtype_policies.serialize(inner[0])}
         return config
 
     return get_build_config

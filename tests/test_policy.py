@@ -418,6 +418,7 @@ except Exception as error:
 
 
 def test_set_model_policy_there_and_back_keeps_weights_and_optimizer():
+    keras.utils.set_random_seed(0)
     model = small_cnn()
     x, y = images(), np.ones((4, 2), "float32")
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")

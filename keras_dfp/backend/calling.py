@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_dfp.backend.registry import replaces
-from keras_dfp.internals import current_path, global_state
+from keras_dfp.internals import FuncGraph, current_path, global_state
 from keras_dfp.number import DFPFormat
 
 SCOPES = ("weights", "all")

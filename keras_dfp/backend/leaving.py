@@ -21,11 +21,10 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
-from tensorflow.python.framework import convert_to_constants
-from tensorflow.python.saved_model import save as saved_model
 
 from keras_dfp.backend.calling import current_export, exported_in_float32
 from keras_dfp.backend.registry import replaces
+from keras_dfp.internals import convert_to_constants, saved_model
 
 _WAY_OUT = 'keras_dfp.set_model_policy(model, "float32")'
 
