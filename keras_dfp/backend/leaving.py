@@ -135,7 +135,7 @@ def _name(function) -> str:
 
 if hasattr(tf, "lite"):  # TensorFlow means to leave it to a package of its own.
 
-    @replaces(tf.lite.TFLiteConverter, "from_keras_model")
+    @replaces(tf.lite.TFLiteConverter, "from_keras_model", "cls model", kind=classmethod)
     def _from_keras_model(original):
         def from_keras_model(cls, model):
             converter = original.__func__(cls, model)
@@ -151,7 +151,9 @@ if hasattr(tf, "lite"):  # TensorFlow means to leave it to a package of its own.
 
         return classmethod(functools.wraps(original.__func__)(from_keras_model))
 
-    @replaces(tf.lite.TFLiteConverter, "from_saved_model")
+    @replaces(
+        tf.lite.TFLiteConverter, "from_saved_model", "cls saved_model_dir ...", kind=classmethod
+    )
     def _from_saved_model(original):
         def from_saved_model(cls, saved_model_dir, *args, **kwargs):
             if ops := _ops_in_saved_model(saved_model_dir):
@@ -161,7 +163,7 @@ if hasattr(tf, "lite"):  # TensorFlow means to leave it to a package of its own.
 
         return classmethod(functools.wraps(original.__func__)(from_saved_model))
 
-    @replaces(tf.lite.TFLiteConverter, "from_concrete_functions")
+    @replaces(tf.lite.TFLiteConverter, "from_concrete_functions", "cls funcs ...", kind=classmethod)
     def _from_concrete_functions(original):
         def from_concrete_functions(cls, funcs, *args, **kwargs):
             for func in funcs:

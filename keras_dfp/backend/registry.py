@@ -51,7 +51,13 @@ class Replacement:
         if not (callable(original) if self.kind is None else isinstance(original, self.kind)):
             raise internals.unknown(f"{self} is a {type(original).__name__}")
         if self.kind is not types.ModuleType:
-            self._check_parameters(original.fset if self.kind is property else original)
+            self._check_parameters(
+                original.fset
+                if self.kind is property
+                else original.__func__
+                if self.kind is classmethod
+                else original
+            )
         if self.called_by is not None and not _looks_up(self.called_by, self.owner, self.name):
             raise internals.unknown(
                 f"{self} is not what {self.called_by.__module__}.{self.called_by.__qualname__} "
