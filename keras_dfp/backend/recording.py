@@ -182,7 +182,8 @@ def _watch_op(op_type, inputs, attrs, outputs, op_name=None, graph=None):
     if _state.inside_product:
         return
     if op_type in _RAW_PRODUCTS:
-        _note(layer := calling_layer(), op_type, _decide_raw(layer, op_type))
+        layer = calling_layer()
+        _note(_state.products, layer, op_type, _decide_raw(layer, op_type))
     elif op_type in _DFP_PRODUCTS:
         decision = Decision(ops.current_format(), "calls keras_dfp.ops")
         _note(_state.products, calling_layer(), op_type, decision).operands.extend(_state.operands)
