@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -27,6 +26,8 @@ class _Native:
     Two things keep Keras's own step: variables that are not float32, with a warning; and sparse
     gradients (of `Embedding`), unless the slots are in fixed point: then they are made dense.
     """
+
+    _slot_names: tuple[str, ...]
 
     # Who asks whether XLA can compile a model.
     native = True
@@ -114,7 +115,7 @@ class _Native:
         for old, value in zip(updated, [*new, *new_exponents, weight], strict=True):
             self.assign(old, native.known_shape(value, old.shape))
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self):
         return {**super().get_config(), "slots": self.slots}
 
 

@@ -1277,15 +1277,17 @@ def sgd(
         ValueError: if an argument is not as described.
     """
     w, g = _checked_weights("sgd", w, g)
-    rate, momentum, decay = (_single(np.float64(c)) for c in (rate, momentum, decay))
+    single_rate, single_momentum, single_decay = (
+        _single(np.float64(c)) for c in (rate, momentum, decay)
+    )
     with np.errstate(all="ignore"):
-        w = _decayed(w, rate, decay)
-        step = _single(g * rate)
+        w = _decayed(w, single_rate, single_decay)
+        step = _single(g * single_rate)
         if m is None:
             return _float32(w - step), None
         m = _float64(_checked_alike("sgd", "m", m, w.shape))
-        m = _single(_single(m * momentum) - step)
-        ahead = _single(_single(m * momentum) - step) if nesterov else m
+        m = _single(_single(m * single_momentum) - step)
+        ahead = _single(_single(m * single_momentum) - step) if nesterov else m
         return _float32(w + ahead), _float32(m)
 
 
@@ -1327,20 +1329,20 @@ def adam(
     w, g = _checked_weights("adam", w, g)
     m, v = (_float64(_checked_alike("adam", "m or v", x, w.shape)) for x in (m, v))
     constants = rate, beta_1, beta_2, 1 - beta_1, 1 - beta_2, epsilon, decay
-    rate, beta_1, beta_2, renewal_1, renewal_2, epsilon, decay = (
+    single_rate, kept_1, kept_2, renewal_1, renewal_2, single_epsilon, single_decay = (
         _single(np.float64(c)) for c in constants
     )
     with np.errstate(all="ignore"):
-        young = np.sqrt(1 - _power(beta_2, step))
-        alpha = _single(rate * young / (1 - _power(beta_1, step)))
-        w = _decayed(w, rate, decay)
+        young = np.sqrt(1 - _power(kept_2, step))
+        alpha = _single(single_rate * young / (1 - _power(kept_1, step)))
+        w = _decayed(w, single_rate, single_decay)
         m = _single(m + _single(_single(g - m) * renewal_1))
         v = _single(v + _single(_single(_single(g * g) - v) * renewal_2))
         used = v
         if h is not None:
             h = used = np.maximum(_float64(_checked_alike("adam", "h", h, w.shape)), v)
-        step = _single(_single(m * alpha) / _single(_single(np.sqrt(used)) + epsilon))
-        return _float32(w - step), _float32(m), _float32(v), None if h is None else _float32(h)
+        change = _single(_single(m * alpha) / _single(_single(np.sqrt(used)) + single_epsilon))
+        return _float32(w - change), _float32(m), _float32(v), None if h is None else _float32(h)
 
 
 def pack_slot(x: np.ndarray, seed: int, slot: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1384,7 +1386,7 @@ def _decayed(w: np.ndarray, rate: np.ndarray, decay: np.ndarray) -> np.ndarray:
 
 
 def _power(base: np.ndarray, exponent: int) -> np.ndarray:
-    power = np.float64(1)
+    power = np.ones_like(base)
     while exponent:
         if exponent % 2:
             power = power * base

@@ -19,6 +19,8 @@ def _load(name: str) -> None:
         spec = importlib.util.spec_from_file_location(
             package, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{package}: {folder} cannot be imported")
         module = importlib.util.module_from_spec(spec)
         sys.modules[package] = module
         spec.loader.exec_module(module)

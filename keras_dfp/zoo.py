@@ -28,17 +28,19 @@ from typing import Any
 
 import keras
 
-from keras_dfp import model_zoo
 from keras_dfp import recipe as recipes
 from keras_dfp.policy import policy_scope
 from keras_dfp.recipe import Recipe
+
+# Not `from keras_dfp import`: in a source tree it lies beside the package (source_tree.py).
+model_zoo = importlib.import_module("keras_dfp.model_zoo")
 
 # The networks whose trained weights keras.applications offers: its function, its preprocessing.
 _IMAGENET = {
     "resnet50": (keras.applications.ResNet50, keras.applications.resnet50.preprocess_input),
     "vgg16": (keras.applications.VGG16, keras.applications.vgg16.preprocess_input),
 }
-_FOLDER = Path(model_zoo.__file__).parent
+_FOLDER = Path(model_zoo.__path__[0])
 
 
 def load(

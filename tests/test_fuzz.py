@@ -326,6 +326,55 @@ def normalize_gradient(draw):
     return arguments, {"y": dx, "q": q, "e": e}
 
 
+def optimizer_inputs(draw, n_slots):
+    shape = draw.shape(0, 3, most=40)
+    w, g = draw.floats(*shape), draw.floats(*shape)
+    slots = [draw.floats(*shape) for _ in range(n_slots)]
+    slots[1:] = map(abs, slots[1:])
+    rate, decay, step = draw.one_of(0.0, 1e-3, 0.5), draw.one_of(0.0, 1e-2), draw.integer(1, 2000)
+    arguments = dict(
+        weight=w, gradient=g, rate=np.float32(rate), step=np.int64(step), weight_decay=decay,
+        seed=draw.integer(0, 9),
+    )  # fmt: skip
+    if n_slots and draw(st.booleans()):
+        packed = [reference.pack_slot(x, arguments["seed"], i, 1) for i, x in enumerate(slots)]
+        slots = [reference.unpack_slot(*x, i) for i, x in enumerate(packed)]
+        arguments |= dict(slots=[q for q, _ in packed], exponents=[e for _, e in packed])
+    else:
+        arguments |= dict(slots=slots, exponents=[])
+    return arguments, slots, dict(rate=rate, decay=decay)
+
+
+def optimizer_truth(arguments, w, slots):
+    truth = {"new_weight": w}
+    if arguments["exponents"]:
+        step = int(arguments["step"])
+        slots = [reference.pack_slot(x, arguments["seed"], i, step) for i, x in enumerate(slots)]
+        truth["new_exponents"] = [e for _, e in slots]
+        slots = [q for q, _ in slots]
+    if slots:
+        truth["new_slots"] = slots
+    return truth
+
+
+def sgd(draw):
+    arguments, slots, same = optimizer_inputs(draw, draw.integer(0, 1))
+    same |= dict(momentum=draw.one_of(0.5, 0.9) if slots else 0.0, nesterov=draw(st.booleans()))
+    w, m = reference.sgd(arguments["weight"], arguments["gradient"], *slots, **same)
+    arguments |= dict(momentum=same["momentum"], nesterov=same["nesterov"])
+    return arguments, optimizer_truth(arguments, w, [m] if slots else [])
+
+
+def adam(draw):
+    arguments, slots, same = optimizer_inputs(draw, draw.integer(2, 3))
+    betas = dict(beta_1=draw.one_of(0.0, 0.9), beta_2=draw.one_of(0.5, 0.999))
+    same |= dict(betas, epsilon=draw.one_of(1e-7, 1.0), step=int(arguments["step"]))
+    w, *new = reference.adam(arguments["weight"], arguments["gradient"], *slots, **same)
+    arguments |= dict(betas, epsilon=same["epsilon"])
+    arguments |= dict(renewal_1=1 - betas["beta_1"], renewal_2=1 - betas["beta_2"])
+    return arguments, optimizer_truth(arguments, w, new[: len(slots)])
+
+
 RIGHT = {
     "dfp_quantize": quantize,
     "dfp_dequantize": dequantize,
@@ -340,6 +389,8 @@ RIGHT = {
     "dfp_normalize": normalize,
     "dfp_normalize_sums": normalize_sums,
     "dfp_normalize_gradient": normalize_gradient,
+    "dfp_sgd": sgd,
+    "dfp_adam": adam,
 }
 
 
@@ -425,7 +476,12 @@ def right_call(data, name):
     arguments, truth = RIGHT[name](draw)
     result, what = call(draw, name, arguments)
     for output, value in results_of(result, list(truth)).items():
-        assert_same(value, truth[output], f"{output} of {what}")
+        expected = truth[output]
+        pairs = (
+            zip(value, expected, strict=True) if isinstance(value, list) else [(value, expected)]
+        )
+        for one, other in pairs:
+            assert_same(one, other, f"{output} of {what}")
 
 
 def wrong_call(data, name):
@@ -435,7 +491,7 @@ def wrong_call(data, name):
         result, _ = call(draw, name, arguments)
     except REFUSED:
         return
-    for value in result if isinstance(result, tuple) else [result]:
+    for value in tf.nest.flatten(result):
         np.asarray(value).tobytes()  # all of it can be read
 
 
