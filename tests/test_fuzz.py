@@ -121,7 +121,9 @@ def dequantize(draw):
 
 
 def token(draw):
-    return dict(x=draw.floats(*draw.shape(0, 3)), shape=[]), {"token": TOKEN}
+    shape = draw.shape(0, 3)
+    arguments = dict(x=draw.floats(*shape), q=draw.mantissas(shape, 14), shape=[])
+    return arguments, {"token": np.zeros(shape, np.float32)}
 
 
 def geometry(draw):

@@ -79,7 +79,8 @@ def other(one_that_nobody_expects=1):
 
 @each(lambda r: r.parameters != ("...",))
 def test_what_has_other_parameters(stock, replacement):
-    changed = property(other, other) if replacement.kind is property else other
+    wrap = {property: lambda f: property(f, f), classmethod: classmethod}.get(replacement.kind)
+    changed = wrap(other) if wrap else other
     stock.setattr(replacement.owner, replacement.name, changed)
     refuses(rf"parameters of .*{replacement.name} are \(one_that_nobody_expects\)")
 
