@@ -38,7 +38,7 @@ race-check: build/dev.stamp  ## Look for data races (needs clang and its OpenMP)
 sanitize: build/dev.stamp  ## Look for memory and arithmetic errors (needs clang)
 	$(BIN)/python tests/sanitize.py
 
-keras-tests: build/dev.stamp build/native.stamp  ## Run Keras's own tests with the plugin in place (hours)
+keras-tests: build/dev.stamp build/native.stamp  ## Run Keras's own tests with the plugin in place (half an hour)
 	$(BIN)/python tests/keras_tests.py $(KERAS_TESTS)
 
 matrix: build/dev.stamp  ## Test other TensorFlows, Kerases and Pythons: noxfile.py (an hour)

@@ -3,10 +3,10 @@
     python tests/keras_tests.py [--policy dfp16] [folder or file in keras/src ...]
 
 Under float32 each must end as it ends without the plugin: those that fail are run again in stock
-Keras, which fails some of them for reasons of its own, such as packages that are not installed:
-most of those of `ops` and `trainers` import jax, some grain or torch. Another policy, every test
-finds as the global one; values that it compares may then be apart by `TOLERANCE` of the largest,
-and what fails all the same is explained in `keras_tests.toml`.
+Keras, which fails some of them for reasons of its own, such as packages that are not installed
+(most tests of `ops` and `trainers` import jax; some import grain, pandas or torch). Any other
+policy is the global one of every test; values that a test compares may then be apart by `TOLERANCE`
+of the largest, and `keras_tests.toml` explains what fails all the same.
 """
 
 import argparse
