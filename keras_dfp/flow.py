@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_dfp.backend.recording import Recording
-from keras_dfp.fusion import Chain, chain_of
+from keras_dfp.fusion import SIZES, Chain, chain_of
 from keras_dfp.internals import ControlFlowFuncGraph
 from keras_dfp.operand import Quantized
 
@@ -205,7 +205,7 @@ class Flow:
         found: dict[int, Fraction | None] = {id(tensor): Fraction(1) for tensor in self._inputs}
         for op in self._ops:
             inputs = [t for t in op.inputs if id(t) in found]
-            if not inputs or op.type in ("Shape", "ShapeN", "Size", "Rank"):
+            if not inputs or op.type in SIZES:
                 continue
             indices = [n for t in inputs if (n := found[id(t)]) is not None]
             most = max(indices) if len(indices) == len(inputs) else None

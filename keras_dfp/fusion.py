@@ -33,6 +33,8 @@ import tensorflow as tf
 from keras_dfp.native import lib
 
 _CLIPS = {"Relu": "relu", "Relu6": "relu6"}
+# Ops that ask for a tensor's sizes and not for what is in it.
+SIZES = ("Shape", "ShapeN", "Size", "Rank")
 _MASKS = {"ReluGrad": "relu", "Relu6Grad": "relu6"}
 # What a DfpNormalizeGradient takes: tensors that it adds, channels that it sums.
 _MOST_PARTS = 8

@@ -114,7 +114,7 @@ cdef struct ChannelSums:
 cdef void sums_plan(ChannelSums* s, double* total) noexcept nogil:
     cdef int64_t n = s.shape.n, parts
     s.total = total
-    s.threads = team_size() if 64.0 * s.shape.images * s.shape.pixels * n > SMALL else 1
+    s.threads = pass_threads(<double>s.shape.images * s.shape.pixels * n)
     s.blocks = sum_blocks(s.shape.pixels)
     s.task = max(<int64_t>1, SUM_WORK // max(
         min(s.shape.pixels, <int64_t>SUM_PIXELS) * n, <int64_t>1))
@@ -255,8 +255,7 @@ cdef void apply_task(void* work, int64_t i, int thread) noexcept nogil:
 
 
 cdef void apply(Apply* a) noexcept nogil:
-    cdef int threads = team_size() if 64 * a.total > SMALL else 1
-    parallel_for(apply_task, a, (a.total + SUM_WORK - 1) // SUM_WORK, threads)
+    parallel_for(apply_task, a, (a.total + SUM_WORK - 1) // SUM_WORK, pass_threads(a.total))
 
 
 cdef void add_bias_in_place(float* y, int64_t rows, int64_t n, const float* bias) noexcept nogil:

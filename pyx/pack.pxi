@@ -346,9 +346,8 @@ cdef void pack_taps_t(const Window* v, const int16_t* image, int64_t m0, int64_t
     cdef int64_t mr = kernel.mr, taps = volume(v.taps), channels = mc // taps, line = 2 * mr
     cdef int64_t pairs = row_pairs(v), height = v.positions[1]
     cdef int64_t first = k0 // v.positions[2], count = kc // v.positions[2], row = 0, i, copy
-    cdef int64_t tap, shift, h, end, panel, whole
+    cdef int64_t tap, shift, item, h, end, panel, whole
     cdef int16_t* to
-    cdef Place at
     block.tiles, block.runs, block.run = tables, tables + mc // mr, v.positions[2] // 2
     block.row_stride, block.pair_stride, block.tile_stride = 2, line, 0
     # Between the rows of two images lie those that only the last taps of one, the first of the
@@ -368,36 +367,35 @@ cdef void pack_taps_t(const Window* v, const int16_t* image, int64_t m0, int64_t
     i = 0
     while i < count:
         # What the positions of one image meet.
-        at.item, h = (first + i) // height, (first + i) % height
+        item, h = (first + i) // height, (first + i) % height
         end = min(count - i, height - h) + reach(v, 1)
         for row in range(h + v.offset[1], h + v.offset[1] + end):
             for copy in range(copies(v)):
-                interleave_row(v, pixel_or_null(v, image, at.item, 0, row, 0), copy,
-                               m0 // taps, channels, panel, to + copy * whole)
+                interleave_row(v, image, item, row, copy, m0 // taps, channels, panel,
+                               to + copy * whole)
             to += pairs * line
         i += end - reach(v, 1)
 
 
-cdef void interleave_row(const Window* v, const int16_t* pixels, int64_t copy, int64_t c, int64_t n,
-                         int64_t panel, int16_t* to) noexcept nogil:
-    """The pairs of a row of pixels; NULL for one outside of the image."""
-    cdef int64_t line = 2 * kernel.mr, pairs = row_pairs(v), i = 0, w = v.offset[2] + copy, inside
+cdef void interleave_row(const Window* v, const int16_t* image, int64_t item, int64_t h,
+                         int64_t copy, int64_t c, int64_t n, int64_t panel,
+                         int16_t* to) noexcept nogil:
+    """The pairs of row h of an image, n channels from c on."""
+    cdef int64_t i = 0, pairs = row_pairs(v), w = v.offset[2] + copy, count
+    cdef const int16_t* p
+    cdef const int16_t* q
     while i < pairs:
-        inside = 0
-        if pixels != NULL and 0 <= w:
-            inside = min(pairs - i, (v.size[2] - w) // 2)
-        if inside > 0:
-            kernel.interleave(pixels + w * v.pixel + c, pixels + (w + 1) * v.pixel + c,
-                              2 * v.pixel, inside, n, <int>kernel.mr, panel, to)
+        p = pixel_or_null(v, image, item, 0, h, w)
+        q = pixel_or_null(v, image, item, 0, h, w + 1)
+        count = 1
+        if p != NULL and q != NULL:
+            count = min(pairs - i, (v.size[2] - w) // 2)
+            kernel.interleave(p + c, q + c, 2 * v.pixel, count, n, <int>kernel.mr, panel, to)
         else:
-            inside = 1
-            interleave_or_zero(pixels + w * v.pixel if pixels != NULL and 0 <= w < v.size[2]
-                               else NULL,
-                               pixels + (w + 1) * v.pixel if pixels != NULL
-                               and 0 <= w + 1 < v.size[2] else NULL, c, n, kernel.mr, panel, to)
-        to += inside * line
-        w += 2 * inside
-        i += inside
+            interleave_or_zero(p, q, c, n, kernel.mr, panel, to)
+        to += count * 2 * kernel.mr
+        w += 2 * count
+        i += count
 
 
 cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,

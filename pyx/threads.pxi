@@ -74,10 +74,16 @@ cdef inline int team_size() noexcept nogil:
     return dfp_thread_limit if dfp_thread_limit > 0 else omp_get_max_threads()
 
 
+cdef inline int pass_threads(double count) noexcept nogil:
+    """For a pass that moves so many elements: each takes as long as 64 products."""
+    return team_size() if 64 * count > SMALL else 1
+
+
 cdef void parallel_for(task_fn task, void* work, int64_t n, int threads) noexcept nogil:
     """Runs task(work, i, thread) for i in range(n) on at most `threads` threads."""
     cdef int64_t i, done = 0
     cdef float_env env = 0
+    cdef float_env outer = dfp_float_default()
     if dfp_forked:
         threads = 1
     while done < n:
@@ -89,11 +95,10 @@ cdef void parallel_for(task_fn task, void* work, int64_t n, int threads) noexcep
                     task(work, i, omp_get_thread_num())
                 dfp_float_restore(env)
             dfp_leave_team()
-            return
-        env = dfp_float_default()
+            break
         task(work, done, 0)
-        dfp_float_restore(env)
         done += 1
+    dfp_float_restore(outer)
 
 
 def set_threads(int n, int64_t small=DFP_SMALL):

@@ -88,8 +88,7 @@ cdef void update_task(void* work, int64_t i, int thread) noexcept nogil:
 
 
 cdef void update(Update* u) noexcept nogil:
-    cdef int threads = team_size() if 64 * u.n > SMALL else 1
-    parallel_for(update_task, u, (u.n + UPDATE_CHUNK - 1) // UPDATE_CHUNK, threads)
+    parallel_for(update_task, u, (u.n + UPDATE_CHUNK - 1) // UPDATE_CHUNK, pass_threads(u.n))
 
 
 cdef double power_of(double base, int64_t exponent) noexcept nogil:

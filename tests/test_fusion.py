@@ -2,15 +2,13 @@
 
 import collections
 import contextlib
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
+from replicas import check_on_two
 from tensorflow.python.eager import context
 from tensorflow.python.framework import op_def_registry
 from test_normalization import assert_same
@@ -1088,11 +1086,6 @@ def test_networks_of_keras(name):
 
 
 REPLICAS = """
-import sys
-import keras
-import tensorflow as tf
-cpus = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_fusion as t
 results = []
 for fused in (True, False):
@@ -1109,7 +1102,4 @@ print("same")
 
 @pytest.mark.slow
 def test_two_replicas():
-    run = subprocess.run(
-        [sys.executable, "-c", REPLICAS], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    assert run.stdout.endswith("same\n"), run.stderr[-3000:]
+    check_on_two(REPLICAS)

@@ -1,9 +1,6 @@
 """DFPSGD and DFPAdam: bits of the formula, results of Keras, and slots in half the memory."""
 
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 import tensorflow as tf
 from keras.optimizers import SGD, Adam, AdamW, LossScaleOptimizer
 from kernels import ISAS, assert_same_bits, running
+from replicas import check_on_two
 
 from keras_dfp import reference
 from keras_dfp.native import lib
@@ -388,10 +386,6 @@ def test_slots_in_dynamic_fixed_point_train_as_well(ours):
 
 
 REPLICAS = """
-import keras
-import tensorflow as tf
-cpus = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_optimizers as t
 from keras.optimizers import SGD
 from keras_dfp.optimizers import DFPSGD, DFPAdam
@@ -414,7 +408,4 @@ print("same")
 
 @pytest.mark.slow
 def test_two_replicas():
-    run = subprocess.run(
-        [sys.executable, "-c", REPLICAS], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    assert run.stdout.endswith("same\n"), run.stderr[-3000:]
+    check_on_two(REPLICAS)

@@ -121,16 +121,17 @@ def _freeze(original):
 
     @functools.wraps(original)
     def freeze(func, *args, **kwargs):
-        if ops := _ops_in(func.graph.as_graph_def()):
-            target = "what takes frozen graphs, as ONNX,"
-            raise ValueError(_refusal(ops, f"The function {_name(func)}", target))
+        _check_function(func, "what takes frozen graphs, as ONNX,")
         return original(func, *args, **kwargs)
 
     return freeze
 
 
-def _name(function) -> str:
-    return tf.compat.as_str(function.name)
+def _check_function(function, target: str) -> None:
+    """Raises ValueError if what a concrete function was traced to has ops of keras_dfp."""
+    if ops := _ops_in(function.graph.as_graph_def()):
+        what = f"The function {tf.compat.as_str(function.name)}"
+        raise ValueError(_refusal(ops, what, target))
 
 
 if hasattr(tf, "lite"):  # TensorFlow means to leave it to a package of its own.
@@ -167,9 +168,7 @@ if hasattr(tf, "lite"):  # TensorFlow means to leave it to a package of its own.
     def _from_concrete_functions(original):
         def from_concrete_functions(cls, funcs, *args, **kwargs):
             for func in funcs:
-                if ops := _ops_in(func.graph.as_graph_def()):
-                    what = f"The function {_name(func)}"
-                    raise ValueError(_refusal(ops, what, _TARGETS["litert"]))
+                _check_function(func, _TARGETS["litert"])
             return original.__func__(cls, funcs, *args, **kwargs)
 
         return classmethod(functools.wraps(original.__func__)(from_concrete_functions))

@@ -166,7 +166,7 @@ def _read(tensor) -> list[tf.Tensor]:
             for outer, inner in captures
             if inner is tensor and not isinstance(outer, tf.__internal__.EagerTensor)
         ]
-    if op.type in ("Shape", "ShapeN", "Size", "Rank"):
+    if op.type in fusion.SIZES:
         return []
     return list(op.inputs)
 

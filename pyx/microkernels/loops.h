@@ -327,9 +327,8 @@ TARGET static void DFP_CAT(stochastic_f32_s16__, ISA)(const float *x, int64_t gr
         for (int64_t filled = at; filled < at + left;) {
             if (filled == end) group++, end += n;
             const int64_t stop = end < at + left ? end : at + left;
-            const int32_t near = e[group] < -252 ? -252 : e[group] > 252 ? 252 : e[group];
-            const union { int64_t bits; double value; } power = {(int64_t)(1023 - near) << 52};
-            for (; filled < stop; filled++) factor[skip + filled - at] = power.value;
+            const double power = dfp_power_f64(-(int64_t)e[group]);
+            for (; filled < stop; filled++) factor[skip + filled - at] = power;
         }
         /* The noise has 24 bits, so the sum is exact where it matters: within 2**-24 of an integer
          * a double holds every bit of it. */

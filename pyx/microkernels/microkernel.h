@@ -301,6 +301,13 @@ typedef struct {
 #define DFP_CAT_(a, b) a##b
 #define DFP_CAT(a, b) DFP_CAT_(a, b)
 
+/* 2**e, or what is as good beyond +-252: float32 overflows, or vanishes, all the same. */
+static inline double dfp_power_f64(int64_t e) {
+    const int64_t near = e < -252 ? -252 : e > 252 ? 252 : e;
+    const union { int64_t bits; double value; } power = {(1023 + near) << 52};
+    return power.value;
+}
+
 /* RN32(sum * scale), rounded once: int64 to a 53-bit double by rounding to odd, so that the
  * rounding to float32 sees where the sum lay (Boldo and Melquiond, 2008). */
 static inline float dfp_round(int64_t sum, double scale) {

@@ -79,9 +79,7 @@ TARGET static void DFP_CAT(unpack_slot__, ISA)(const int16_t *q, const int32_t *
                                                int root, float *to) {
     for (int64_t first = 0; first < n; first += DFP_SLOT_BLOCK, e++) {
         const int64_t end = first + DFP_SLOT_BLOCK < n ? first + DFP_SLOT_BLOCK : n;
-        const int32_t near = *e < -252 ? -252 : *e > 252 ? 252 : *e;
-        const union { int64_t bits; double value; } power = {(int64_t)(1023 + near) << 52};
-        const double scale = *e == INT32_MIN ? __builtin_nan("") : power.value;
+        const double scale = *e == INT32_MIN ? __builtin_nan("") : dfp_power_f64(*e);
         for (int64_t i = first; i < end; i++) to[i] = (float)(q[i] * scale);
     }
     for (int64_t i = 0; root && i < n; i++) to[i] *= to[i];
