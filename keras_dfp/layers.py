@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_dfp.normalization import local_response
 from keras_dfp.policy import DFPPolicy
 
 
@@ -38,7 +39,8 @@ class LocalResponseNormalization(keras.layers.Layer):
 
     `y[c] = x[c] / (bias + alpha * sum(x[c-r : c+r+1] ** 2)) ** beta`, with `r = depth_radius`:
     section 3.3 of Krizhevsky et al. (2012), whose constants are the defaults. Computed in float32
-    under every dtype policy.
+    under every dtype policy by TensorFlow's op; under a `DFPPolicy`, if beta is 0.25, 0.5, 0.75 or
+    1, by one of ours that has the same bits on every machine (docs/numerics.md) and is faster.
 
     Args:
         depth_radius: Channels on either side that count.
@@ -65,9 +67,12 @@ class LocalResponseNormalization(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(ndim=4)
 
     def call(self, inputs):
-        outputs = tf.nn.local_response_normalization(
-            tf.cast(inputs, "float32"), self.depth_radius, self.bias, self.alpha, self.beta
-        )
+        x = tf.cast(inputs, "float32")
+        how = self.depth_radius, self.bias, self.alpha
+        if isinstance(self.dtype_policy, DFPPolicy) and 4 * self.beta in (1, 2, 3, 4):
+            outputs = local_response(x, *how, quarters=int(4 * self.beta))
+        else:
+            outputs = tf.nn.local_response_normalization(x, *how, self.beta)
         return tf.cast(outputs, inputs.dtype)
 
     def of_keras_ops(self, inputs: keras.KerasTensor) -> keras.KerasTensor:

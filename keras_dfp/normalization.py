@@ -64,6 +64,23 @@ def add(x, y) -> tf.Tensor:
     return _step(x, [], [y])
 
 
+def local_response(x, radius: int, bias: float, alpha: float, quarters: int) -> tf.Tensor:
+    """Returns `x / (bias + alpha * sum of the squares of near channels) ** (quarters / 4)`.
+
+    Args:
+        x: Float32, `[batch, .., channels]`.
+        radius: How many channels on either side are near.
+        bias, alpha: Numbers.
+        quarters: Four times the power, from 1 to 4.
+
+    Returns:
+        A float32 tensor of the shape of x.
+    """
+    return native.lib.dfp_local_response(
+        x=x, radius=radius, bias=bias, alpha=alpha, quarters=quarters
+    )
+
+
 def _step(x, parameters, residual, **attrs):
     y = native.lib.dfp_normalize(
         x=x, parameters=parameters, residual=residual, bounds=[], step=[], **attrs
@@ -145,6 +162,32 @@ def _through(op, gradients, formula):
 
 def _all_but_last(x):
     return list(range(x.shape.rank - 1))
+
+
+def _response_attrs(op):
+    return {name: op.get_attr(name) for name in ("radius", "bias", "alpha", "quarters")}
+
+
+@tf.RegisterGradient("DfpLocalResponse")
+def _response_gradient(op, dy):
+    return native.lib.dfp_local_response_gradient(x=op.inputs[0], dy=dy, **_response_attrs(op))
+
+
+@tf.RegisterGradient("DfpLocalResponseGradient")
+def _response_gradient_gradient(op, ddx):
+    radius, bias, alpha, quarters = _response_attrs(op).values()
+
+    def window(x):
+        n = tf.shape(x)[-1]
+        padded = tf.pad(x, [[0, 0]] * (x.shape.rank - 1) + [[radius, radius]])
+        return tf.add_n([padded[..., k : k + n] for k in range(2 * radius + 1)])
+
+    def formula(x, dy):
+        s = bias + alpha * window(x * x)
+        d = dy * s ** (-quarters / 4)
+        return [d - alpha * quarters / 2 * x * window(d * x / s)]
+
+    return _through(op, [ddx], formula)
 
 
 @tf.RegisterGradient("DfpMoments")

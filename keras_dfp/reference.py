@@ -1192,6 +1192,92 @@ def normalize_gradient(
         return _float32(dx + _single(_single(b * centred) + c))
 
 
+def local_response(
+    x: np.ndarray, *, radius: int, bias: float, alpha: float, quarters: int
+) -> np.ndarray:
+    """Normalise each value by its neighbours in other channels.
+
+        s = bias + alpha * (x[c - radius]**2 + .. + x[c + radius]**2)
+        y[c] = x[c] / s**(quarters / 4)
+
+    in float32, each operation rounded by itself; squares are added from the lowest channel up. The
+    power is made of square roots: `r = sqrt(s)`, then `sqrt(r)`, `r`, `r * sqrt(r)` or `s`.
+
+    Args:
+        x: float32 of shape `(batch, .., channels)`.
+        radius: how many channels on either side count.
+        bias: what is added to the sum.
+        alpha: what the sum is multiplied by.
+        quarters: four times the power, 1 to 4.
+
+    Returns:
+        A float32 array of the shape of `x`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    x = _float64(_checked_rows("local_response", "x", x))
+    with np.errstate(all="ignore"):
+        _, root = _response(x, radius, bias, alpha, quarters)
+        return _float32(x / root)
+
+
+def local_response_gradient(
+    x: np.ndarray, dy: np.ndarray, *, radius: int, bias: float, alpha: float, quarters: int
+) -> np.ndarray:
+    """Return the gradient of `local_response` with respect to its `x`.
+
+        d = dy / s**(quarters / 4)
+        t = (d * x) / s
+        dx[c] = d[c] - ((2 * alpha * quarters / 4) * x[c]) * (t[c - radius] + .. + t[c + radius])
+
+    Args:
+        x: what was normalised.
+        dy: float32 gradient of the result, of the shape of `x`.
+        radius, bias, alpha, quarters: as in `local_response`.
+
+    Returns:
+        A float32 array of the shape of `x`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "local_response_gradient"
+    x = _checked_rows(op, "x", x)
+    dy, x = _float64(_checked_alike(op, "dy", dy, x.shape)), _float64(x)
+    slope = _single(np.float64(np.float32(alpha)) * quarters / 2)
+    with np.errstate(all="ignore"):
+        s, root = _response(x, radius, bias, alpha, quarters)
+        d = _single(dy / root)
+        t = _window(_single(_single(d * x) / s), radius)
+        return _float32(d - _single(_single(slope * x) * t))
+
+
+def _response(x, radius: int, bias: float, alpha: float, quarters: int):
+    """Return `s`, and its power."""
+    if radius < 0 or quarters not in (1, 2, 3, 4):
+        raise ValueError(
+            "local_response: `radius` must not be negative and `quarters` must be 1 to 4, received "
+            f"{radius} and {quarters}"
+        )
+    energy = _window(_single(x * x), radius)
+    s = _single(_single(np.float64(bias)) + _single(_single(np.float64(alpha)) * energy))
+    half = _single(np.sqrt(s))
+    quarter = _single(np.sqrt(half))
+    return s, {1: quarter, 2: half, 3: _single(half * quarter), 4: s}[quarters]
+
+
+def _window(x: np.ndarray, radius: int) -> np.ndarray:
+    """Add the channels at most `radius` away, in order; beyond the ends there are zeros."""
+    n = x.shape[-1]
+    radius = min(radius, max(n - 1, 0))
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(radius, radius)])
+    total = padded[..., :n]
+    for k in range(1, 2 * radius + 1):
+        total = _single(total + padded[..., k : k + n])
+    return total
+
+
 def _pixels(shape: tuple[int, ...]) -> np.float64:
     """Return how many pixels there are; what is divided by zero of them is NaN or infinite."""
     return np.float64(int(np.prod(shape[:-1])))

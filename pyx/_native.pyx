@@ -17,6 +17,7 @@ from the machine up:
     conv        the three passes of a convolution as such products
     depthwise   and of a depthwise one, as sums of rows
     channels    passes over rows of channels: batch norm, ReLU, sums
+    response    local response normalisation
     update      a step of an optimizer
     tf/         the C API, and one file for each kind of op
 """
@@ -44,6 +45,7 @@ include "digits.pxi"
 include "plan.pxi"
 include "conv.pxi"
 include "depthwise.pxi"
+include "response.pxi"
 include "update.pxi"
 include "tf/api.pxi"
 include "tf/call.pxi"
@@ -53,6 +55,7 @@ include "tf/quantize.pxi"
 include "tf/normalize.pxi"
 include "tf/matmul.pxi"
 include "tf/conv.pxi"
+include "tf/response.pxi"
 include "tf/optimizer.pxi"
 
 # As in api.pxi: no initialiser, the constructor runs before the module's initialisation.
@@ -78,6 +81,7 @@ cdef bint register_all() noexcept nogil:
     register_normalize(st)
     register_matmul(st)
     register_conv(st)
+    register_response(st)
     register_optimizer(st)
     good = tf.GetCode(st) == TF_OK
     tf.DeleteStatus(st)

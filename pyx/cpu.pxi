@@ -91,6 +91,10 @@ cdef extern from "microkernels/table.h" nogil:
         const float* b
         const float* c
         int64_t n
+    ctypedef struct dfp_response:
+        int64_t n, radius
+        float bias, alpha, slope
+        int quarters
     ctypedef struct dfp_update:
         const float* w
         const float* g
@@ -140,6 +144,8 @@ cdef extern from "microkernels/table.h" nogil:
                              double*) noexcept nogil
         void (*moments)(const float*, int64_t, int64_t, double*, float*) noexcept nogil
         void (*add_rows)(const double*, int64_t, int64_t, int64_t, double*) noexcept nogil
+        void (*response)(const dfp_response*, const float*, const float*, int64_t, float*,
+                         float*) noexcept nogil
         void (*sgd)(const dfp_update*, int64_t) noexcept nogil
         void (*adam)(const dfp_update*, int64_t) noexcept nogil
         void (*unpack_slot)(const int16_t*, const int32_t*, int64_t, bint, float*) noexcept nogil

@@ -377,6 +377,25 @@ def adam(draw):
     return arguments, optimizer_truth(arguments, w, new[: len(slots)])
 
 
+def response_inputs(draw):
+    shape = rows_of_channels(draw)
+    how = dict(radius=draw.integer(0, 7), bias=draw.one_of(0.0, 1.0, 2.0))
+    how |= dict(alpha=draw.one_of(1e-4, 0.5), quarters=draw.integer(1, 4))
+    return shape, draw.floats(*shape), how
+
+
+def local_response(draw):
+    _, x, how = response_inputs(draw)
+    return dict(x=guarded(x), **how), {"y": reference.local_response(x, **how)}
+
+
+def local_response_gradient(draw):
+    shape, x, how = response_inputs(draw)
+    dy = draw.floats(*shape)
+    truth = reference.local_response_gradient(x, dy, **how)
+    return dict(x=guarded(x), dy=guarded(dy), **how), {"dx": truth}
+
+
 RIGHT = {
     "dfp_quantize": quantize,
     "dfp_dequantize": dequantize,
@@ -391,6 +410,8 @@ RIGHT = {
     "dfp_normalize": normalize,
     "dfp_normalize_sums": normalize_sums,
     "dfp_normalize_gradient": normalize_gradient,
+    "dfp_local_response": local_response,
+    "dfp_local_response_gradient": local_response_gradient,
     "dfp_sgd": sgd,
     "dfp_adam": adam,
 }

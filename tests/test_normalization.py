@@ -388,6 +388,53 @@ def test_nothing_depends_on_flush_modes():
         assert_same(result, truth, i)
 
 
+# ---- Local response normalisation ----------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_local_response(data):
+    r = Random(data)
+    x, dy = r.tensor(), r.tensor()
+    how = {
+        "radius": data.draw(st.sampled_from([0, 1, 2, 7, 300])),
+        "bias": data.draw(st.sampled_from([0.0, 1.0, 2.0])),
+        "alpha": data.draw(st.sampled_from([2e-5, 0.3])),
+        "quarters": data.draw(st.integers(1, 4)),
+    }
+    y = reference.local_response(x, **how)
+    dx = reference.local_response_gradient(x, dy, **how)
+    for where in everywhere():
+        assert_same(lib.dfp_local_response(x=guarded(x), **how), y, where)
+        actual = lib.dfp_local_response_gradient(x=guarded(x), dy=guarded(dy), **how)
+        assert_same(actual, dx, where)
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3, 4])
+def test_local_response_is_tensorflows(quarters):
+    rng = np.random.default_rng(quarters)
+    x = tf.constant(rng.normal(size=(2, 3, 5, 11)) * 3, tf.float32)
+    dy, ddx = (tf.constant(rng.normal(size=x.shape), tf.float32) for _ in range(2))
+
+    def derivatives(function):
+        with tf.GradientTape() as outer:
+            outer.watch([x, dy])
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = function(x)
+            dx = inner.gradient(y, x, output_gradients=dy)
+        return y, dx, *outer.gradient(dx, [x, dy], output_gradients=ddx)
+
+    ours = derivatives(lambda x: normalization.local_response(x, 2, 1.5, 0.1, quarters))
+    # Of the definition: TensorFlow's own op has no second derivative.
+    padded = tf.linalg.band_part(tf.ones([11, 11]), 2, 2)
+    stock = derivatives(lambda x: x * (1.5 + 0.1 * (x * x) @ padded) ** (-quarters / 4))
+    for actual, expected in zip(ours, stock, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    op = tf.nn.local_response_normalization(x, 2, 1.5, 0.1, quarters / 4)
+    np.testing.assert_allclose(ours[0], op, rtol=1e-5)
+
+
 # ---- Errors --------------------------------------------------------------------------------------
 
 X, C = np.zeros((2, 4, 3), np.float32), np.zeros(3, np.float32)
@@ -403,6 +450,19 @@ def sized(name, expected, received):
     ("op", "call", "message"),
     [
         ("DfpMoments", lambda: lib.dfp_moments(x=C), "x must be .batch, .., channels.; got rank 1"),
+        (
+            "DfpLocalResponse",
+            lambda: normalization.local_response(C, 2, 1.0, 0.1, 3),
+            "x must be .batch, .., channels.; got rank 1",
+        ),
+        ("", lambda: normalization.local_response(X, 2, 1.0, 0.1, 5), "quarters must be from 1"),
+        (
+            "DfpLocalResponseGradient",
+            lambda: lib.dfp_local_response_gradient(
+                x=X, dy=X.swapaxes(1, 2), radius=1, bias=1.0, alpha=1.0, quarters=3
+            ),
+            "the gradient must have the shape of x",
+        ),
         ("DfpNormalize", lambda: native_normalize(C), "x must be .batch, .., channels.; got rank"),
         ("", lambda: native_normalize(X, [C, C]), "n_parameters must not be 2"),
         ("", lambda: native_normalize(X, [C] * 5), "n_parameters must not be 5"),

@@ -456,6 +456,7 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
 
 #include "channels.h"
 #include "depthwise.h"
+#include "response.h"
 #include "update.h"
 
 /* Their part of a dfp_kernel. */
@@ -471,5 +472,6 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
         DFP_CAT(depthwise_spill__, ISA), DFP_CAT(map_f32__, ISA),                        \
         DFP_CAT(positive_bits__, ISA), DFP_CAT(gradient_f32__, ISA),                     \
         DFP_CAT(channel_sums__, ISA), DFP_CAT(moments_f32__, ISA),                       \
-        DFP_CAT(add_rows_f64__, ISA), DFP_CAT(sgd_f32__, ISA), DFP_CAT(adam_f32__, ISA), \
+        DFP_CAT(add_rows_f64__, ISA), DFP_CAT(response_f32__, ISA),                      \
+        DFP_CAT(sgd_f32__, ISA), DFP_CAT(adam_f32__, ISA),                               \
         DFP_CAT(unpack_slot__, ISA), DFP_CAT(pack_slot__, ISA)

@@ -198,6 +198,15 @@ typedef struct {
     int64_t n;                  /* as of a map, and the mask's */
 } dfp_gradient;
 
+/* Local response normalisation of pixels of n channels: y = x / s ** (quarters / 4), where
+ * s = bias + alpha * (the sum of squares of the channels at most `radius` < n away). */
+typedef struct {
+    int64_t n, radius;
+    float bias, alpha;
+    float slope;                /* of the gradient: 2 * alpha * beta */
+    int quarters;               /* 1 to 4 */
+} dfp_response;
+
 /* A step of an optimizer, numerics.md, "Optimizers": new weights and slots from weights, gradient
  * and slots. An array may be written where it, or the gradient, is read, index by index. `m` is
  * NULL for SGD without momentum, `h` for Adam without the largest v. Without `decay`, 0, weights
@@ -283,6 +292,10 @@ typedef struct {
     void (*moments)(const float *y, int64_t pixels, int64_t n, double *sums, float *bounds);
     /* total[c] = the sum over r < count, in order, of rows[r * stride + c]. */
     void (*add_rows)(const double *rows, int64_t count, int64_t stride, int64_t n, double *total);
+    /* Normalised responses of x or, with a dy, their gradient; `room` is for 4 * n + 2 * radius
+     * floats. */
+    void (*response)(const dfp_response *, const float *x, const float *dy, int64_t pixels,
+                     float *room, float *y);
     /* A step on n weights. */
     void (*sgd)(const dfp_update *, int64_t n);
     void (*adam)(const dfp_update *, int64_t n);

@@ -1121,6 +1121,60 @@ static void check_slot(void) {
           "wrote beyond the end");
 }
 
+/* ---- Local response normalisation ------------------------------------------------------------ */
+
+static float power_of_quarters(float s, int quarters) {
+    volatile float half = sqrtf(s), quarter = sqrtf(half), product = half * quarter;
+    return quarters == 4 ? s : quarters == 3 ? product : quarters == 2 ? half : quarter;
+}
+
+/* The sum of the terms of the channels at most `radius` from c, in order. */
+static float near_sum(const float *terms, int64_t n, int64_t radius, int64_t c) {
+    volatile float sum = 0.0f;
+    for (int64_t k = c - radius; k <= c + radius; k++) sum = sum + (k < 0 || k >= n ? 0.0f : terms[k]);
+    return sum;
+}
+
+static void check_response(void) {
+    enum { PIXELS = 3, MOST = 70 };
+    static float x[PIXELS * MOST], dy[PIXELS * MOST], y[PIXELS * MOST + 1], room[6 * MOST + 1];
+    static float terms[MOST], direct[MOST];
+    const int64_t n = between(1, MOST), radius = between(0, n - 1), pixels = between(0, PIXELS);
+    const int backward = between(0, 1), quarters = (int)between(1, 4);
+    const dfp_response r = {.n = n, .radius = radius, .bias = 1.5f, .alpha = 0.3f,
+                            .slope = 0.15f * (float)quarters, .quarters = quarters};
+    for (int64_t i = 0; i < pixels * n; i++) x[i] = some_float(), dy[i] = some_float();
+    y[pixels * n] = room[4 * n + 2 * radius] = 12345.0f;
+    kernel->response(&r, x, backward ? dy : NULL, pixels, room, y);
+    for (int64_t p = 0; p < pixels; p++) {
+        const float *in = x + p * n, *g = dy + p * n;
+        for (int64_t c = 0; c < n; c++) terms[c] = in[c] * in[c];
+        for (int64_t c = 0; c < n; c++) {
+            volatile float s = near_sum(terms, n, radius, c);
+            s = r.alpha * s, s = r.bias + s;
+            direct[c] = s;
+        }
+        for (int64_t c = 0; c < n; c++) {
+            const float s = direct[c], power = power_of_quarters(s, quarters);
+            volatile float t;
+            if (!backward) {
+                t = in[c] / power;
+                CHECK(y[p * n + c] == t, "y: got %a, expected %a", y[p * n + c], t);
+                continue;
+            }
+            direct[c] = g[c] / power;
+            t = direct[c] * in[c], t = t / s;
+            terms[c] = t;
+        }
+        for (int64_t c = 0; backward && c < n; c++) {
+            volatile float t = near_sum(terms, n, radius, c), u = r.slope * in[c];
+            t = u * t, t = direct[c] - t;
+            CHECK(y[p * n + c] == t, "dx: got %a, expected %a", y[p * n + c], t);
+        }
+    }
+    CHECK(y[pixels * n] == 12345.0f && room[4 * n + 2 * radius] == 12345.0f, "wrote beyond the end");
+}
+
 /* ---- Digits ---------------------------------------------------------------------------------- */
 
 enum {
@@ -1384,6 +1438,7 @@ static void check_kernel(const dfp_kernel *k) {
     for (int i = 0; i < 200; i++) check_add_rows();
     for (int i = 0; i < 500; i++) check_update();
     for (int i = 0; i < 500; i++) check_slot();
+    for (int i = 0; i < 500; i++) check_response();
     if (k->digits) check_digits();
     CHECK(k->peak(1000) > 0, "no products counted");
     printf("%s: %lld checks passed\n", k->isa, (long long)checks);
