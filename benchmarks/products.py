@@ -20,7 +20,7 @@ PASSES = ("forward", "input gradient", "weight gradient")
 DTYPES = {"float32": tf.float32, "bfloat16": tf.bfloat16}
 
 
-class Product(NamedTuple):
+class ProductCost(NamedTuple):
     """One product.
 
     Attributes:
@@ -63,7 +63,9 @@ def traffic(first: Tensor, second: Tensor, result: int) -> int:
     return 2 * first.size + 2 * second.size + 4 * result
 
 
-def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Product:
+def matmul(
+    a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False
+) -> ProductCost:
     """Returns the product of two matrices, either of them transposed."""
     how = {"transpose_a": transpose_a, "transpose_b": transpose_b}
     inner, rows = a.shape if transpose_a else a.shape[::-1]
@@ -74,7 +76,7 @@ def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = 
     for name in a.floats:
         x, y = a.floats[name], b.floats[name]
         ways[name] = functools.partial(tf.linalg.matmul, x, y, **how)
-    return Product(rows * inner * columns, traffic(a, b, rows * columns), ways)
+    return ProductCost(rows * inner * columns, traffic(a, b, rows * columns), ways)
 
 
 def dense(batch: int, inputs: int, outputs: int, against: Sequence[str]):
@@ -124,7 +126,7 @@ def convolution(
         functions = stock(x.floats[name], w.floats[name], dy.floats[name], **geometry)
         for way, function in zip(ways, functions, strict=True):
             way[name] = function
-    products = (Product(macs, b, way) for b, way in zip(moved, ways, strict=True))
+    products = (ProductCost(macs, b, way) for b, way in zip(moved, ways, strict=True))
     return dict(zip(PASSES, products, strict=True)), (x, w, dy)
 
 

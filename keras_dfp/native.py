@@ -9,9 +9,9 @@ gradient in TensorFlow, and a token, which does. A token is a float32 tensor of 
 mantissas, for whose gradient the tensor that was quantised is told: kernels never read it, and it
 takes no memory, for all tokens are the same zeros.
 
-A `Product` is one native op: it is linear in each of its two factors, so the gradient of a product
-is two other products. That closes the family, and gradients of any order exist (rounding counts as
-the identity, the straight-through estimate).
+A `ProductOp` is one native op: it is linear in each of its two factors, so the gradient of a
+product is two other products. That closes the family, and gradients of any order exist (rounding
+counts as the identity, the straight-through estimate).
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Factor:
         return self._operand()
 
 
-class Product:
+class ProductOp:
     """A native op that multiplies two tensors.
 
     Args:
@@ -300,7 +300,7 @@ def _attrs(op, names) -> dict:
 _SHARED = ("accumulation", "rounding", "input_gradient", "weight_gradient", "exponents", "fused")
 
 
-class Matmul(Product):
+class Matmul(ProductOp):
     """`a @ b`, either of them transposed; shapes [..., M, K] and [..., K, N], no broadcasting."""
 
     names = ("a_bits", "b_bits", "dy_bits", "transpose_a", "transpose_b", *_SHARED)
@@ -340,7 +340,7 @@ class Matmul(Product):
         return da, db
 
 
-class _Convolution(Product):
+class _Convolution(ProductOp):
     geometry = ("strides", "padding", "explicit_paddings", "dilations", "depthwise")
     names = ("x_bits", "w_bits", "dy_bits", *geometry, *_SHARED)
 

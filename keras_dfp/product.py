@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_dfp import native
 from keras_dfp.internals import control_flow_util
-from keras_dfp.native import Factor, Operand, Product
+from keras_dfp.native import Factor, Operand, ProductOp
 from keras_dfp.number import DFPFormat
 from keras_dfp.operand import Size, reshape
 from keras_dfp.operand import operand as make_operand
@@ -127,7 +127,7 @@ def has_groups(fmt: DFPFormat, x) -> bool:
 
 def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> dict:
     """Returns the attributes of a native op that computes in a format."""
-    modes = ("weight_gradient", "input_gradient") if swapped else Product.modes
+    modes = ("weight_gradient", "input_gradient") if swapped else ProductOp.modes
     return {
         **dict.fromkeys(bits, fmt.mantissa_bits),
         "accumulation": fmt.accumulation,
@@ -136,13 +136,13 @@ def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> d
         "fused": fmt.fused,
         **{
             mode: "dfp" if product in fmt.products else "float32"
-            for mode, product in zip(modes, Product.modes, strict=True)
+            for mode, product in zip(modes, ProductOp.modes, strict=True)
         },
         **others,
     }
 
 
-def multiply(op: str, fmt: DFPFormat, product: Product, first: View, second: View) -> tf.Tensor:
+def multiply(op: str, fmt: DFPFormat, product: ProductOp, first: View, second: View) -> tf.Tensor:
     """Returns the product of two tensors, each of its three products in the arithmetic of `fmt`."""
     refuse_xla(f"keras_dfp.ops.{op}")
     native.follow_thread_setting()

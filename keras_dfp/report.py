@@ -208,7 +208,7 @@ def _rows(model, products, flow) -> tuple[list[dict[str, Any]], list[int | None]
     counts = collections.Counter((id(p.layer), p.decision, p.operation, p.graph) for p in products)
     exempt = first_and_last(model)
     rows: dict[tuple, dict[str, Any]] = {}
-    by_row: dict[tuple, list[recording.Product]] = {}
+    by_row: dict[tuple, list[recording.TracedProduct]] = {}
     for p in products:
         row = rows.setdefault((id(p.layer), p.decision), _row(p.layer, p.decision, exempt))
         by_row.setdefault((id(p.layer), p.decision), []).append(p)

@@ -30,7 +30,7 @@ _DFP_PRODUCTS = frozenset(["DfpMatmul", "DfpConv", "DfpConvBackpropInput"])
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class TracedProduct:
     """One traced product: `layer` ran `operation` as `decision` says, in the graph `graph`.
 
     `operands` are the tensors that it quantised, or found quantised, in a graph.
@@ -62,7 +62,7 @@ class Normalization:
     whole: bool
 
 
-class Recording(list[Product]):
+class Recording(list[TracedProduct]):
     """The products that were traced, in their order, and what else was seen.
 
     Attributes:
@@ -200,7 +200,7 @@ def _decide_raw(layer, op_type) -> Decision:
     return Decision(None, reason)
 
 
-def _note(recorded: Recording, layer, operation, decision) -> Product:
+def _note(recorded: Recording, layer, operation, decision) -> TracedProduct:
     graph = tf.compat.v1.get_default_graph()
-    recorded.append(Product(layer, operation, decision, graph))
+    recorded.append(TracedProduct(layer, operation, decision, graph))
     return recorded[-1]
