@@ -47,7 +47,7 @@ _NAMES = {
 }
 # What says little of its own: the layer that made it says more.
 _PLAIN = {"Mul": "multiplication", "Add": "sum", "AddV2": "sum", "AddN": "sum", "Sub": "difference"}
-_PRODUCTS = ("Dfp", "MatMul", "BatchMatMul", "Conv", "DepthwiseConv", "Einsum")
+_PRODUCTS = ("DfpConv", "DfpMatmul", "MatMul", "BatchMatMul", "Conv", "DepthwiseConv", "Einsum")
 _SAME = ("Cast", "Identity", "IdentityN", "StopGradient", "PreventGradient")
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "ExpandDims")
 # Layers whose `activation` is the last of what they do.
