@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_dfp.benchmarks.machine import medians
 from keras_dfp.benchmarks.networks import build, data
+from keras_dfp.info import peak_memory
 
 # Kinds of op by their type: the first pattern found decides. TensorFlow prefixes and suffixes types
 # of its own, such as _MklNativeConv2D and _FusedConv2D. What XLA runs is seen as
@@ -91,13 +92,6 @@ def measure(settings: dict) -> Iterator[dict | str]:
         "parameters": model.count_params(),
         "kinds": profile(run, graph, model),
     }
-
-
-def peak_memory() -> int:
-    """Returns the most bytes of memory this process has had resident."""
-    # Not getrusage, whose figure a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 def profile(run, graph, model: keras.Model) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import glob
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,8 @@ class _Row:
             row[name] = self.errors[name].result()
         row["lost"] = {k: v.share if v.nonzero else None for k, v in self.losses.items()}
         row["spread"] = {k: v.spread if v.nonzero else None for k, v in self.losses.items()}
-        row["advice"] = _advice(row, fmt)
+        lost = max(share or 0.0 for share in row["lost"].values())
+        row["advice"] = advice(row["path"], remedy(_badness(row), lost, fmt))
         return row
 
 
@@ -329,18 +331,40 @@ def _badness(row: dict[str, Any]) -> float:
     return max(row[name] or 0.0 for name in ("output", "input_gradient", "weight_gradient"))
 
 
-def _advice(row: dict[str, Any], fmt: DFPFormat) -> str:
-    """Returns what may help a layer, in the words of `DFPPolicy`'s options."""
-    worst = _badness(row)
-    much_lost = max(share or 0.0 for share in row["lost"].values()) >= MUCH
-    if worst < NOTABLE:
+def remedy(error: float, lost: float, fmt: DFPFormat) -> str:
+    """Returns the option of `DFPPolicy` that may help a layer; empty if nothing is needed.
+
+    Args:
+        error: The largest relative error of what the layer multiplies, or of what comes of it.
+        lost: The largest share of nonzero values of an operand that became zero.
+        fmt: The layer's format.
+    """
+    if error < NOTABLE:
         return ""
-    path = row["path"]
     if fmt.exponents == "tensor":
-        return "exponents='sample': small samples share the exponent of large ones"
-    if fmt.mantissa_bits < 16 and not (much_lost and worst >= LARGE):
-        return f"overrides={{{path!r}: {{'mantissa_bits': 16}}}}"
-    return f"exclude=[{path!r}]: its values span more than 16 bits hold"
+        return "exponents"
+    return (
+        "exclude"
+        if fmt.mantissa_bits >= 16 or (lost >= MUCH and error >= LARGE)
+        else ("mantissa_bits")
+    )
+
+
+def advice(path: str, option: str) -> str:
+    """Returns in words what `remedy` says of the layer of a path."""
+    match option:
+        case "exponents":
+            return "exponents='sample': small samples share the exponent of large ones"
+        case "mantissa_bits":
+            return f"overrides={{{pattern(path)!r}: {{'mantissa_bits': 16}}}}"
+        case "exclude":
+            return f"exclude=[{pattern(path)!r}]: its values span more than 16 bits hold"
+    return ""
+
+
+def pattern(path: str) -> str:
+    """Returns the pattern of a DFPPolicy that matches a path as it is, whatever is in it."""
+    return glob.escape(path)
 
 
 def _percent(value: float | None) -> str:

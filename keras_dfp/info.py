@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
+import resource
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -83,3 +86,12 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def peak_memory() -> int:
+    """Returns the most bytes of memory this process has had resident."""
+    status = Path("/proc/self/status").read_text()
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+        return 1024 * int(found[1])
+    # Not in the first place: a process inherits this figure from the one that started it.
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

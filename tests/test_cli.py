@@ -72,6 +72,9 @@ def test_version():
         (("train", "--classes", "9" * 12), "is not in the range"),
         (("audit", "lenet", "--plot", "a.txt"), "a.txt must end in .png, .svg or .pdf"),
         (("train", "--seed", "-1"), "-1 is not in the range"),
+        (("report",), "Missing argument 'RUN...'"),
+        (("report", "runs", "--output", "page.txt"), "page.txt must end in .html or .htm"),
+        (("report", "runs", "--output", "nowhere/a.html"), "There is no folder"),
         (("describe",), "Missing argument 'MODEL'"),
         (("describe", "resnet5"), "Did you mean: resnet50"),
         (

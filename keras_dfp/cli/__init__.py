@@ -19,6 +19,7 @@ from keras_dfp.cli.evaluate import evaluate
 from keras_dfp.cli.export import export
 from keras_dfp.cli.info import info
 from keras_dfp.cli.options import failure
+from keras_dfp.cli.report import report
 from keras_dfp.cli.train import train
 from keras_dfp.files import shown
 from keras_dfp.training.errors import TrainingError
@@ -59,6 +60,7 @@ def main() -> None:
     Examples:
       keras-dfp compare              float32 against dfp16, on handwritten digits
       keras-dfp train resnet20 --data cifar10
+      keras-dfp report runs/lenet    curves, exponents and the worst layers, on a page
       keras-dfp describe resnet50    which layers run on integers, and why others do not
       keras-dfp audit lenet          what integers cost each layer, measured
       keras-dfp bench conv           its speed against TensorFlow's, here
@@ -70,6 +72,7 @@ main.add_command(train)
 main.add_command(evaluate)
 main.add_command(export)
 main.add_command(compare)
+main.add_command(report)
 main.add_command(describe)
 main.add_command(audit)
 main.add_command(bench)

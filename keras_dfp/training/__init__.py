@@ -1,5 +1,7 @@
-"""Training by recipe: what `keras-dfp train`, `evaluate`, `export` and `compare` are made of.
+"""Training by recipe: what `keras-dfp train`, `evaluate`, `export`, `compare` and `report` use.
 
+    summary.py            runs, as they are in their folders, on a page
+         |
     comparison.py         several runs from equal beginnings, and what they show
          |
        run.py             one training: from its settings to its last checkpoint

@@ -18,7 +18,7 @@ from keras_dfp.training.sources import reason
 INTERVAL = 10
 
 Row = dict[str, int | float]
-# What there is of an epoch.
+# What there is of an epoch; of late also `peak_memory_mb`.
 KEYS = (
     *("epoch", "step", "learning_rate", "loss", "top1", "top5"),
     *("test_loss", "test_top1", "test_top5", "seconds", "images_per_second"),
@@ -95,8 +95,9 @@ def check_rows(rows: list[Row], keys: Sequence[str] = KEYS) -> None:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes rows with equal keys, whole."""
+    """Writes rows, whole; what the rows of an older version lack is left empty."""
+    keys = dict.fromkeys(key for row in rows for key in row)
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, keys)
         writer.writeheader()
         writer.writerows(rows)

@@ -29,6 +29,7 @@ import tensorflow as tf
 
 from keras_dfp import tables, zoo
 from keras_dfp.files import locked, read_json, shown, written_whole
+from keras_dfp.info import peak_memory
 from keras_dfp.recipe import Plateau
 from keras_dfp.training import checkpoint, network
 from keras_dfp.training.errors import DataError, RunError
@@ -337,6 +338,7 @@ class Run:
             **{f"test_{key}": value for key, value in test.items()},
             "seconds": seconds,
             "images_per_second": images / seconds,
+            "peak_memory_mb": peak_memory() / 1e6,
         }
         progress.history.append(row)
         progress.sums = [0.0] * 5
@@ -361,6 +363,16 @@ def read(folder: Path) -> Facts:
         raise RunError(
             f"{shown(folder / 'run.json')} is spoiled, or of another version of keras-dfp: {error}"
         ) from error
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """Returns how far a run has come by its last checkpoint; None if there is none yet.
+
+    Raises:
+        RunError: If the checkpoint is spoiled, or of another version.
+    """
+    path = folder / "checkpoint.npz"
+    return _progress(path, checkpoint.load(path)) if path.exists() else None
 
 
 def load(folder: Path, **changes: Any) -> tuple[Settings, keras.Model]:
