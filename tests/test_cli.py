@@ -141,6 +141,7 @@ def test_train(trained):
     folder, output = trained
     assert "Training lenet under dfp16: 1437 images of 10 classes, 360 to test on" in output
     assert re.search(r"^epoch 2/2: loss \d\.\d{4}, top-1 \d+\.\d+%.* img/s$", output, re.MULTILINE)
+    assert re.search(r"^epoch 1/2: .* \d+ img/s, \d\d:\d\d left$", output, re.MULTILINE)
     assert f"In {folder}: model.keras, log.csv, tensorboard/" in output
     model = keras.models.load_model(folder / "model.keras")
     assert "5 of 5 run on integers" in str(keras_dfp.describe(model))
@@ -306,6 +307,8 @@ def test_compare(tmp_path):
     arguments = ["compare", "--epochs", "1", "--output", str(tmp_path / "out"), "--policies"]
     output = run(*arguments, "float32,dfp16:mantissa_bits=8")
     assert output.count("\nepoch 1/1: ") == 2
+    left = r" \(2 of 2\): 1 epochs, 44 steps; all runs: about \d\d:\d\d left\n"
+    assert re.search(left, output)
     files = {"results.csv", "results.json", "results.md", "curves.png"}
     assert set(os.listdir(tmp_path / "out")) == {*files, "seed1"}
     assert sorted(os.listdir(tmp_path / "out" / "seed1")) == ["dfp16-mantissa_bits=8", "float32"]

@@ -20,7 +20,7 @@ import keras_dfp
 from keras_dfp import zoo
 from keras_dfp.layers import LocalResponseNormalization
 from keras_dfp.recipe import Images
-from keras_dfp.training import comparison, network, sources
+from keras_dfp.training import comparison, log, network, sources
 from keras_dfp.training.errors import DataError, RunError, TrainingError
 from keras_dfp.training.pipeline import Pipeline, prepare
 from keras_dfp.training.policies import policy
@@ -1042,3 +1042,16 @@ def test_cifar10_learns_as_in_float32(tmp_path):
     # Chance is 2.3.
     assert max(ends) < 2.0
     assert abs(ends[0] - ends[1]) < 0.1
+
+
+def test_without_a_terminal_a_line_a_minute_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    progress = log.Log(tmp_path, 1, 3700, 100)
+    assert progress.pace.left == "?"
+    for step in range(1, 6):
+        now += 25.0
+        progress.step(step, 100, 0.5, 0.1)
+    progress.close()
+    # 300 images in 75 seconds; 3300 are left.
+    assert capsys.readouterr().out == "step 3: loss 0.5000, 4 img/s, 13:45 left\n"

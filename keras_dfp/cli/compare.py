@@ -65,6 +65,7 @@ def compare(
     require(*PACKAGES)
     # Here and not above, because it needs those packages.
     from keras_dfp.training import comparison
+    from keras_dfp.training.log import Pace
 
     this = settings(**options)
     output = output or Path("runs") / this.network
@@ -72,7 +73,9 @@ def compare(
     make_folder(output)
     with locked(output):
         results = comparison.kept(output, this, data)
-        for seed, policy in itertools.product(range(1, seeds + 1), policies):
+        wanted = list(itertools.product(range(1, seeds + 1), policies))
+        pace = Pace(sum((policy, seed) not in results for seed, policy in wanted))
+        for number, (seed, policy) in enumerate(wanted, 1):
             known = (policy, seed) in results
             run = None if known else comparison.start(this, policy, seed, output, data)
             left = (
@@ -80,7 +83,12 @@ def compare(
                 if run is None or run.finished
                 else f"{run.epochs} epochs, {run.steps} steps"
             )
-            click.secho(f"{this.network} under {policy}, seed {seed}: {left}", bold=True)
+            if pace.done and not known:
+                left += f"; all runs: about {pace.left} left"
+            click.secho(
+                f"{this.network} under {policy}, seed {seed} ({number} of {len(wanted)}): {left}",
+                bold=True,
+            )
             if run is None:
                 continue
             try:
@@ -90,6 +98,7 @@ def compare(
                 raise
             if run.progress.diverged:
                 click.echo(f"The loss is no longer a number after step {run.progress.diverged}.")
+            pace.update(1)
             results[policy, seed] = comparison.Result.of(run)
             comparison.write(output, this, data, _in_order(results, policies))
         table = comparison.write(output, this, data, _in_order(results, policies))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from keras_dfp.training.sources import reason
 
 # Steps between points in TensorBoard.
 INTERVAL = 10
+# Seconds between lines where there is no terminal to draw a bar on.
+QUIET = 60
 
 Row = dict[str, int | float]
 # What there is of an epoch; of late also `peak_memory_mb`.
@@ -23,6 +26,34 @@ KEYS = (
     *("epoch", "step", "learning_rate", "loss", "top1", "top5"),
     *("test_loss", "test_top1", "test_top5", "seconds", "images_per_second"),
 )
+
+
+class Pace:
+    """How fast long work goes on, tests and checkpoints included, and how long it will take.
+
+    Args:
+        total: How much there is to do: images, for instance.
+    """
+
+    def __init__(self, total: int):
+        self.total = total
+        self.done = 0
+        self._start = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """Notes that so much more is done."""
+        self.done += done
+
+    @property
+    def left(self) -> str:
+        """The time left, as hours:minutes:seconds; `"?"` before anything is done."""
+        if not self.done:
+            return "?"
+        seconds = (time.monotonic() - self._start) / self.done * max(0, self.total - self.done)
+        return tqdm.format_interval(seconds)
+
+    def __str__(self) -> str:
+        return f"{self.done / (time.monotonic() - self._start):.0f} img/s, {self.left} left"
 
 
 class Log:
@@ -38,6 +69,8 @@ class Log:
     def __init__(self, folder: Path, epochs: int, images: int, done: int):
         self.folder = folder
         self.epochs = epochs
+        self.pace = Pace(images - done)
+        self._said = time.monotonic()
         # Only a terminal understands a bar, which draws over itself.
         self.bar = tqdm(
             total=images, initial=done, unit="img", disable=None, dynamic_ncols=True, smoothing=0.05
@@ -50,6 +83,10 @@ class Log:
         """Notes a step of training on some images."""
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.bar.update(images)
+        self.pace.update(images)
+        if self.bar.disable and time.monotonic() - self._said > QUIET:
+            self._said = time.monotonic()
+            print(f"step {step}: loss {loss:.4f}, {self.pace}", flush=True)
         if step % INTERVAL == 0:
             self._summaries(step, {"loss": loss, "learning_rate": rate})
 
@@ -61,6 +98,7 @@ class Log:
             f"loss {row['loss']:.4f}, top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}; "
             f"test loss {row['test_loss']:.4f}, top-1 {row['test_top1']:.2%}, "
             f"top-5 {row['test_top5']:.2%}; {row['images_per_second']:.0f} img/s"
+            + (f", {self.pace.left} left" if row["epoch"] < self.epochs else "")
         )
         with tqdm.external_write_mode():
             print(line, flush=True)
