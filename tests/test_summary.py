@@ -69,7 +69,9 @@ def test_the_page_in_a_browser(runs, tmp_path):
     if browser.CHROMIUM is None:
         pytest.skip("there is no Chromium")
     page = tmp_path / "page.html"
-    run("report", runs, "--output", page)
+    output = run("report", runs, "--output", page)
+    assert f"dfp16: {NASTY}: exclude=[{pattern(NASTY)!r}]" in output
+    assert f"In {page}; its pictures in {tmp_path / 'page'}/" in output
     with browser.page(tmp_path / "profile") as shown:
         for width, dark in ((1280, False), (390, True)):
             shown.width(width, dark)
@@ -109,9 +111,6 @@ def test_the_worst_layers_come_first_with_advice(runs):
         exclude=[pattern(NASTY)], overrides={"block/conv2": {"mantissa_bits": 16}}
     )
     assert policy[NASTY].name == "float32"
-    output = run("report", runs)
-    assert f"dfp16: {NASTY}: exclude=[{pattern(NASTY)!r}]" in output
-    assert f"In {runs / 'report.html'}; its pictures in {runs / 'report'}/" in output
 
 
 def test_advice_follows_the_policy_of_the_run(runs, tmp_path):
@@ -128,6 +127,14 @@ def test_advice_follows_the_policy_of_the_run(runs, tmp_path):
         (told,) = summary.read([folder])
         assert told.worst[1].remedy == remedy
         assert isinstance(eval(told.snippet, {"keras_dfp": keras_dfp}), keras_dfp.DFPPolicy)
+
+
+def test_where_most_layers_need_bits_it_is_the_policy(tmp_path):
+    noisy = {"gradient": (-26, -24, -20, 0.9, 0, 30)}
+    table(tmp_path / "statistics.csv", **{"0": noisy, "1": noisy, "3": noisy})
+    (told,) = summary.read([tmp_path])
+    assert len(told.advised) == 3
+    assert told.snippet == "keras_dfp.DFPPolicy('dfp16', mantissa_bits=16)"
 
 
 def test_a_tensor_that_is_not_finite(tmp_path):

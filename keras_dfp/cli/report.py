@@ -49,9 +49,8 @@ def report(folders: tuple[Path, ...], output: Path | None) -> None:
         check_folder(output)
     summary.write(runs, output)
     for run in runs:
-        worst = [each for each in run.worst if each.advice]
-        for each in worst[:3]:
+        for each in run.advised[:3]:
             click.echo(f"{run.name}: {shown(each.layer)}: {shown(each.advice)}")
-        if len(worst) > 3:
-            click.echo(f"{run.name}: {len(worst) - 3} more on the page.")
+        if len(run.advised) > 3:
+            click.echo(f"{run.name}: and {len(run.advised) - 3} layers more.")
     click.echo(f"In {shown(output)}; its pictures in {shown(output.with_suffix(''))}{os.sep}")

@@ -52,6 +52,7 @@ PRODUCTS = {
 }
 # Of a table of so many steps, what is shown of now is the mean over its last part.
 RECENT = 0.25
+# So many layers are shown, the worst.
 WORST = 10
 # A picture of more layers shows the worst of them; of more steps, means.
 MOST_LAYERS = 200
@@ -149,7 +150,7 @@ class Told:
         facts: Its `run.json`; None for the `log_dir` of a callback.
         progress: Of its last checkpoint; None if there is none yet.
         statistics: None if there are none.
-        worst: The worst layers by its statistics, the worst first.
+        worst: Its layers by their statistics, the worst first; those with no noise are left out.
     """
 
     number: int
@@ -240,12 +241,24 @@ class Told:
         return found if isinstance(found, DFPPolicy) else DFPPolicy()
 
     @property
+    def advised(self) -> list[Worst]:
+        """The layers that something may help, the worst first."""
+        return [each for each in self.worst if each.advice]
+
+    @property
     def snippet(self) -> str:
         """Returns the policy that all of the advice amounts to, in Python; or nothing."""
         chosen: dict[str, list[str]] = {}
         for each in self.worst:
             chosen.setdefault(each.remedy, []).append(each.layer)
-        base = repr(self._policy).removesuffix(")")
+        this = self._policy
+        if len(chosen.get("mantissa_bits", ())) > len(self.worst) / 2:
+            # It is the policy's, not single layers'.
+            del chosen["mantissa_bits"]
+            this = DFPPolicy(**{**this.get_config(), "mantissa_bits": 16})
+            if not chosen.keys() - {""}:
+                return f"keras_dfp.{this!r}"
+        base = repr(this).removesuffix(")")
         lines = []
         if "exponents" in chosen:
             lines.append("exponents='sample'")
@@ -365,7 +378,7 @@ def _whole_lines(file: io.TextIOBase) -> Iterator[str]:
 def _worst(statistics: Statistics, fmt: DFPFormat) -> list[Worst]:
     found = [_judged(statistics, layer, fmt) for layer in statistics.layers]
     found = [each for each in found if each.noise or each.nonfinite]
-    return sorted(found, key=lambda each: (each.nonfinite is None, -each.noise))[:WORST]
+    return sorted(found, key=lambda each: (each.nonfinite is None, -each.noise))
 
 
 def _judged(statistics: Statistics, layer: str, fmt: DFPFormat) -> Worst:
@@ -450,6 +463,7 @@ def pictures(runs: Sequence[Told]) -> dict[str, list[Picture]]:
         "noise": [],
         "errors": [],
         "speed": [_throughput(runs), _memory(runs)],
+        "products": [],
     }
     measured = [run for run in runs if run.statistics is not None]
     decibels = _range_of_noise(measured)
@@ -474,7 +488,7 @@ def pictures(runs: Sequence[Told]) -> dict[str, list[Picture]]:
             )
         )
         found["errors"].append(_errors(run))
-    found["speed"] += [_products(run) for run in measured]
+        found["products"].append(_products(run))
     return {key: [each for each in made if each is not None] for key, made in found.items()}
 
 
@@ -483,15 +497,16 @@ def _panel(height: float = 3.4, width: float = 5.8) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def _legend(figure: Figure, runs: Sequence[Told], extra: Sequence[tuple[str, dict]] = ()) -> None:
-    """Names runs below a picture, two in a row, and what kinds of lines mean."""
+def _legend(
+    figure: Figure, known: Sequence[Told], named: bool, extra: Sequence[tuple[str, dict]] = ()
+) -> None:
+    """Names runs below a picture, if there are several, and what kinds of lines mean."""
     from matplotlib.lines import Line2D
 
-    several = len(runs) > 1
     handles = [
         Line2D([], [], color=run.colour, linestyle=run.line, label=run.label)
-        for run in runs
-        if several
+        for run in known
+        if named
     ]
     handles += [Line2D([], [], color="0.35", label=label, **style) for label, style in extra]
     if handles:
@@ -505,8 +520,11 @@ def _steps_axis(axes) -> None:
 
 
 def _log_axis(axes) -> None:
-    """Labels an axis that often stays within one power of ten, or spans several."""
-    low, high = axes.get_ylim()
+    """Makes an axis logarithmic, unless its numbers lie close together; labels some of it."""
+    low, high = axes.dataLim.intervaly
+    if not 0 < 4 * low < high:
+        return
+    axes.set_yscale("log")
     subs = (1, 2, 3, 5, 7) if high < 30 * low else (1, 3) if high < 1000 * low else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -529,12 +547,13 @@ def _loss(runs: Sequence[Told]) -> Picture | None:
             ms=4,
             mfc="white",
         )
-    axes.set(title="Loss", yscale="log")
+    axes.set_title("Loss")
     _log_axis(axes)
     _steps_axis(axes)
     _legend(
         figure,
         known,
+        len(runs) > 1,
         [("training", {}), ("test", {"linestyle": "", "marker": "o", "ms": 4, "mfc": "white"})],
     )
     return Picture.of("loss", "Loss over the steps", figure)
@@ -558,10 +577,11 @@ def _of_epochs(
         draw(axes, run, [row["step"] for row in run.history if key in row])
     axes.set_title(title)
     axes.margins(y=0.15)
+    axes.set_xlim(left=0)
     if from_zero:
         axes.set_ylim(bottom=0)
     _steps_axis(axes)
-    _legend(figure, known, extra)
+    _legend(figure, known, len(runs) > 1, extra)
     return Picture.of(name, title, figure)
 
 
@@ -761,7 +781,7 @@ def _errors(run: Told) -> Picture | None:
             kept = errors > 0
             axes.plot(steps[kept], 100 * errors[kept], ".-", color=colour, ms=4)
         axes.axhline(100 * NOTABLE, color="0.4", linestyle=":", lw=1)
-        axes.set(title=f"{name}: error against float32, %".capitalize(), yscale="log")
+        axes.set_title(f"{name}: error against float32, %".capitalize())
         _log_axis(axes)
     _steps_axis(panels[-1])
     lines = panels[0].get_lines()[: len(layers)]
@@ -889,6 +909,7 @@ def page(runs: Sequence[Told], sections: dict[str, list[Picture]]) -> str:
     return environment.get_template("summary.html").render(
         runs=runs,
         sections=sections,
+        most=WORST,
         notable=-20 * math.log10(NOTABLE),
         version=__version__,
         now=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
