@@ -45,6 +45,7 @@ def check_contents(wheel: Path) -> None:
     assert "manylinux" in wheel.name, f"{wheel.name} is for this machine only"
     assert stripped, f"{native} is not stripped"
     assert len(names) == len(set(names)), "a file is there twice"
+    assert "keras_dfp/training/summary.html" in names, "the template of reports is not there"
     assert [n for n in names if n.startswith("keras_dfp.libs/libgomp")], "libgomp is not there"
 
 

@@ -49,6 +49,8 @@ def report(folders: tuple[Path, ...], output: Path | None) -> None:
         check_folder(output)
     summary.write(runs, output)
     for run in runs:
+        if run.snippet and "\n" not in run.snippet:
+            click.echo(f"{run.name}: most layers need more bits: {run.snippet}")
         for each in run.advised[:3]:
             click.echo(f"{run.name}: {shown(each.layer)}: {shown(each.advice)}")
         if len(run.advised) > 3:
