@@ -71,9 +71,9 @@ def test_the_page_in_a_browser(runs, tmp_path):
     page = tmp_path / "page.html"
     output = run("report", runs, "--output", page)
     assert f"dfp16: {NASTY}: exclude=[{pattern(NASTY)!r}]" in output
-    assert f"In {page}; its pictures in {tmp_path / 'page'}/" in output
+    assert f"In {page}; its pictures in {tmp_path / 'page-pictures'}/" in output
     with browser.page(tmp_path / "profile") as shown:
-        for width, dark in ((1280, False), (390, True)):
+        for width, dark in ((1280, False), (800, False), (390, True)):
             shown.width(width, dark)
             shown.open(page)
             # Wide things scroll in themselves.
@@ -88,7 +88,7 @@ def test_the_page_in_a_browser(runs, tmp_path):
         page.as_uri()
     }
     assert shown.messages == []
-    assert len(sizes) == len(list((tmp_path / "page").iterdir())) == 11
+    assert len(sizes) == len(list((tmp_path / "page-pictures").iterdir())) == 11
     assert all(min(size) > 200 for size in sizes)
     assert "keras-dfp report" in title
     for each in (
@@ -200,21 +200,21 @@ def test_what_is_no_run(runs, tmp_path):
 
 
 def test_runs_side_by_side_and_fewer(runs, tmp_path):
-    (tmp_path / "report").mkdir()
+    (tmp_path / "report-pictures").mkdir()
     for name in ("mine.png", "lost-7.png"):
-        (tmp_path / "report" / name).touch()
+        (tmp_path / "report-pictures" / name).touch()
     output = tmp_path / "report.html"
     run("report", runs / "seed1" / "float32", runs / "seed1" / "dfp16", "--output", output)
-    names = {path.name for path in (tmp_path / "report").iterdir()}
+    names = {path.name for path in (tmp_path / "report-pictures").iterdir()}
     # Of an earlier report, and not of one.
     assert "lost-7.png" not in names and "mine.png" in names
     assert {"loss.png", "accuracy.png", "throughput.png", "memory.png", "lost-2.png"} < names
     for name in names - {"mine.png"}:
-        assert np.ptp(matplotlib.image.imread(tmp_path / "report" / name)[..., :3]) == 1
+        assert np.ptp(matplotlib.image.imread(tmp_path / "report-pictures" / name)[..., :3]) == 1
     for images in re.findall(r"data:image/png;base64,(\S+?)\"", output.read_text()):
         assert len(images) > 1000
     run("report", runs / "seed1" / "float32", "--output", output)
-    names = {path.name for path in (tmp_path / "report").iterdir()}
+    names = {path.name for path in (tmp_path / "report-pictures").iterdir()}
     assert names == {"loss.png", "accuracy.png", "throughput.png", "memory.png", "mine.png"}
 
 

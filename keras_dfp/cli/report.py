@@ -28,7 +28,7 @@ def report(folders: tuple[Path, ...], output: Path | None) -> None:
     which stands for all of its runs; or the log_dir of a DFPStatistics callback. The page is one
     HTML file that needs nothing else: curves, throughput and memory; with --statistics also the
     exponents, what was lost and the noise of each layer, and what may help the worst of them. Its
-    pictures are PNG files beside it, too, in a folder of the same name.
+    pictures are PNG files, too, in a folder beside it.
 
     \b
     Examples:
@@ -47,7 +47,7 @@ def report(folders: tuple[Path, ...], output: Path | None) -> None:
         if len(folders) == 1:
             output = folders[0] / "report.html"
         check_folder(output)
-    summary.write(runs, output)
+    folder = summary.write(runs, output)
     for run in runs:
         if run.snippet and "\n" not in run.snippet:
             click.echo(f"{run.name}: most layers need more bits: {run.snippet}")
@@ -55,4 +55,4 @@ def report(folders: tuple[Path, ...], output: Path | None) -> None:
             click.echo(f"{run.name}: {shown(each.layer)}: {shown(each.advice)}")
         if len(run.advised) > 3:
             click.echo(f"{run.name}: and {len(run.advised) - 3} layers more.")
-    click.echo(f"In {shown(output)}; its pictures in {shown(output.with_suffix(''))}{os.sep}")
+    click.echo(f"In {shown(output)}; its pictures in {shown(folder)}{os.sep}")

@@ -492,9 +492,14 @@ def pictures(runs: Sequence[Told]) -> dict[str, list[Picture]]:
     return {key: [each for each in made if each is not None] for key, made in found.items()}
 
 
-def _panel(height: float = 3.4, width: float = 5.8) -> tuple[Figure, Any]:
+def _panel(height: float, width: float = 5.8) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _height(runs: Sequence[Told]) -> float:
+    """Returns the height of a picture that leaves room for the names of runs."""
+    return 3.3 + 0.17 * math.ceil(len(runs) / 2)
 
 
 def _legend(
@@ -532,10 +537,10 @@ def _log_axis(axes) -> None:
 
 
 def _loss(runs: Sequence[Told]) -> Picture | None:
-    figure, axes = _panel()
     known = [run for run in runs if run.losses]
     if not known:
         return None
+    figure, axes = _panel(_height(known))
     for run in known:
         steps, means = curve(run.losses, max(run.steps, len(run.losses)))
         axes.plot(steps, means, run.line, color=run.colour, lw=1.2, marker="." * (len(steps) == 1))
@@ -572,7 +577,7 @@ def _of_epochs(
     known = [run for run in runs if key in run.last]
     if not known:
         return None
-    figure, axes = _panel()
+    figure, axes = _panel(_height(known))
     for run in known:
         draw(axes, run, [row["step"] for row in run.history if key in row])
     axes.set_title(title)
@@ -869,12 +874,15 @@ def _labels(layers: Sequence[str]) -> list[str]:
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def write(runs: Sequence[Told], path: Path) -> None:
-    """Writes the page, and its pictures into a folder of the same name without its suffix.
+def write(runs: Sequence[Told], path: Path) -> Path:
+    """Writes the page, and its pictures into a folder beside it.
 
     Args:
         runs: What `read` returns.
         path: The HTML file.
+
+    Returns:
+        The folder: `report-pictures` for `report.html`.
 
     Raises:
         OSError: If a file cannot be written.
@@ -882,7 +890,8 @@ def write(runs: Sequence[Told], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         sections = pictures(runs)
     text = page(runs, sections)
-    folder = path.with_suffix("")
+    # Not without the ending alone: it may be that of a run.
+    folder = path.with_name(f"{path.stem}-pictures")
     made = {picture.name: picture for section in sections.values() for picture in section}
     if made:
         folder.mkdir(exist_ok=True)
@@ -894,6 +903,7 @@ def write(runs: Sequence[Told], path: Path) -> None:
         if old.name not in made and _PICTURE.fullmatch(old.name):
             old.unlink()
     write_text(path, text)
+    return folder
 
 
 def page(runs: Sequence[Told], sections: dict[str, list[Picture]]) -> str:
