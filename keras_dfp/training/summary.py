@@ -30,7 +30,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from keras_dfp.audit import NOTABLE, advice, pattern, remedy
-from keras_dfp.files import check_file, shown, write_text, written_whole
+from keras_dfp.files import check_file, shown, written_whole
 from keras_dfp.number import DFPFormat
 from keras_dfp.policy import DFPPolicy
 from keras_dfp.training import run as runs_
@@ -902,7 +902,9 @@ def write(runs: Sequence[Told], path: Path) -> Path:
         # Of an earlier report, of more runs.
         if old.name not in made and _PICTURE.fullmatch(old.name):
             old.unlink()
-    write_text(path, text)
+    with written_whole(path) as temporary:
+        # UTF-8, as the page says, whatever the locale; paths may hold what has no characters.
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
     return folder
 
 
