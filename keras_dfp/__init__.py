@@ -10,25 +10,12 @@ layer runs under a `DFPPolicy`. `keras_dfp.backend.uninstall()` takes it out aga
 that it does not know, it warns and installs nothing; making a `DFPPolicy` raises then.
 """
 
-import importlib.util as _importlib
 import warnings as _warnings
 
-if _importlib.find_spec("tensorflow") is None:
-    raise ImportError(
-        "keras_dfp needs TensorFlow, which is not installed. Install it with "
-        "`pip install tensorflow-cpu` or `pip install tensorflow`."
-    )
+from keras_dfp import requirements as requirements  # first: it says what is missing
 
-import keras as _keras
-
-if _keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        "keras_dfp works with Keras's TensorFlow backend, but Keras runs on "
-        f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow in the environment, or "
-        '"backend": "tensorflow" in ~/.keras/keras.json, before Keras is imported.'
-    )
-
-from keras_dfp import source_tree as source_tree  # first: it finds packages for the others
+# isort: split
+from keras_dfp import source_tree as source_tree  # then: it finds packages for the others
 
 # isort: split
 from keras_dfp import backend, layers, ops, optimizers, reference, zoo

@@ -40,6 +40,22 @@ def test_on_another_backend():
     assert "'jax'" in error
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["train"]])
+def test_the_command_on_another_backend(arguments):
+    result = subprocess.run(
+        [sys.executable, "-m", "keras_dfp", *arguments],
+        cwd=ROOT,
+        # Not installed, or it does not know it: as where `import keras` already fails.
+        env={**os.environ, "KERAS_BACKEND": "nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: keras_dfp works with Keras's TensorFlow backend, but Keras runs")
+    assert "'nowhere'" in line and "Set KERAS_BACKEND=tensorflow" in line
+
+
 def test_an_unknown_instruction_set():
     error = errors_of("import keras_dfp", KERAS_DFP_ISA="mmx")
     assert "KERAS_DFP_ISA" in error
