@@ -10,12 +10,14 @@ KERAS_TESTS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow race-check sanitize keras-tests matrix lint format build wheel \
-	clean distclean
+.PHONY: help train test test-slow race-check sanitize keras-tests matrix lint format docs build \
+	wheel clean distclean
 
 BIN := .venv/bin
 SCHEMA := $(BIN)/check-jsonschema --builtin-schema vendor
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What the documentation names, besides its own pages.
+NAMED := LICENSE CITATION.cff keras_dfp/recipe.py pyx/microkernels/microkernel.h
 # Python files need no rebuild: the installation is editable.
 NATIVE := $(shell find pyx -type f)
 
@@ -57,6 +59,13 @@ lint: build/dev.stamp  ## Check style and types: ruff, cython-lint, mypy; GitHub
 format: build/dev.stamp  ## Bring Python files into ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: build/dev.stamp  ## Build the documentation's site: build/site/index.html
+	rm -rf build/pages build/site
+	mkdir -p build/pages $(addprefix build/pages/,$(sort $(dir $(NAMED))))
+	for path in README.md CHANGELOG.md CONTRIBUTING.md docs examples $(NAMED); do \
+		ln -s "$(CURDIR)/$$path" build/pages/$$path || exit; done
+	$(BIN)/mkdocs build --quiet
 
 build: build/dev.stamp build/native.stamp  ## Make .venv with all that development needs, build the native core
 
