@@ -38,7 +38,7 @@ def api() -> dict[str, str]:
         if name == "__version__":
             continue
         if found.is_module:
-            modules[name] = f"::: {found.path}\n{OPTIONS}"
+            modules[found.path] = f"::: {found.path}\n{OPTIONS}"
             check(found, *(m for m in found.members.values() if m.is_public and not m.is_alias))
         else:
             entries.append(f"::: {found.canonical_path}\n")
@@ -58,7 +58,7 @@ def on_config(config: MkDocsConfig) -> None:
     for page in sorted(Path("docs").glob("*.md")):
         if str(page) not in str(config.nav):
             sections["Use it"].append(str(page))
-    sections["API"] += [f"api/{name}.md" for name in api()]
+    sections["API"] += [{name: f"api/{name}.md"} for name in api()]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
