@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from keras_dfp import native
+from keras_dfp import exchange, internals, native
 
 SLOTS = ("float32", "dfp16")
 _BLOCK = 64  # elements of a slot that share an exponent, as the native op has it
@@ -32,14 +32,19 @@ class _Native:
     # Who asks whether XLA can compile a model.
     native = True
 
-    def __init__(self, *args, slots: str = "float32", **kwargs):
+    def __init__(self, *args, slots: str = "float32", gradient_exchange: str = "float32", **kwargs):
         if slots not in SLOTS:
             raise ValueError(
                 f"{type(self).__name__}: slots must be {' or '.join(map(repr, SLOTS))}; "
                 f"got {slots!r}."
             )
+        exchange.check(gradient_exchange, type(self).__name__)
+        if gradient_exchange != "float32" and internals.missing:
+            # Keras may call something else than what is overridden below.
+            raise internals.unknown(f"{internals.missing[0]} does not exist")
         super().__init__(*args, **kwargs)
         self.slots = slots
+        self.gradient_exchange = gradient_exchange
 
     def build(self, variables):
         if self.built:
@@ -88,6 +93,12 @@ class _Native:
     def _apply_weight_decay(self, variables):
         """Is a part of each variable's step."""
 
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        if self.gradient_exchange == "float32" or tf.distribute.in_cross_replica_context():
+            return super()._all_reduce_sum_gradients(grads_and_vars)
+        gradients, variables = zip(*grads_and_vars, strict=True)
+        return list(zip(exchange.summed(gradients, "dfp16"), variables, strict=True))
+
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
         slots = [slots[index] for slots in self._slots_of_all()]
@@ -116,7 +127,11 @@ class _Native:
             self.assign(old, native.known_shape(value, old.shape))
 
     def get_config(self):
-        return {**super().get_config(), "slots": self.slots}
+        return {
+            **super().get_config(),
+            "slots": self.slots,
+            "gradient_exchange": self.gradient_exchange,
+        }
 
 
 @keras.saving.register_keras_serializable(package="keras_dfp")
@@ -126,6 +141,8 @@ class DFPSGD(_Native, keras.optimizers.SGD):
     Args:
         slots: `"float32"`, or `"dfp16"`: momentum in half the memory, as 16-bit integers with an
             exponent for every 64 of them, rounded stochastically. Weights are float32 anyway.
+        gradient_exchange: `"float32"`, or `"dfp16"`: in a distribution strategy, gradients travel
+            as 16-bit integers, and their sum has the same bits in any order (docs/distributed.md).
 
     All other arguments are those of `keras.optimizers.SGD`.
 
@@ -161,6 +178,7 @@ class DFPAdam(_Native, keras.optimizers.Adam):
         slots: `"float32"`, or `"dfp16"`: both moments in half the memory, as 16-bit integers with
             an exponent for every 64 of them, rounded stochastically; of the second one the roots.
             Weights are float32 anyway.
+        gradient_exchange: As for `DFPSGD`.
 
     All other arguments are those of `keras.optimizers.Adam`; `beta_1`, `beta_2` and `epsilon` are
     numbers.

@@ -98,6 +98,12 @@ the flat tensor a group, rounded stochastically with the number of the variable 
 (m: 0, v: 1, h: 2) as tensor_id, and of the step. Of v and h, RN32(sqrt) is kept, with the mantissa
 1 where it is above zero and its mantissa would be 0; what is read is its square, RN32.
 
+**Gradients of several workers.** N > 1 shares x_r of a gradient, exchanged in dynamic fixed
+point, have B = min(14, 16 - ceil(log2(N))) bits and the exponent e = max(e_r), e_r being that of
+x_r alone:
+
+    sum = RN32(2**e * sum_r clamp(round(x_r * 2**-e), -Q, Q))        NaN if any e_r is NAN_EXPONENT
+
 **Floating point units.** Some threads flush subnormals to zero. Nothing here depends on it:
 float32 values are taken apart and put together as integers, and their arithmetic is that of
 float64, rounded to float32. (Rounding twice changes no sum, difference or product.)
@@ -262,6 +268,34 @@ def dequantize(q: np.ndarray, e: Exponents) -> np.ndarray:
         raise ValueError(f"dequantize: `q` must be int16, received {q.dtype}")
     e = _leading("dequantize", "e", _checked_exponent("dequantize", "e", e), q.shape)
     return _scaled(q.astype(np.int64), e)
+
+
+def exchange(shares: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sum of the shares that workers have of a gradient, as they exchange it in dfp16.
+
+    A single share is the sum. With N shares, mantissas have `B = min(14, 16 - ceil(log2(N)))` bits,
+    and all shares the largest of their exponents; so the sum of mantissas fits into 16 bits, and
+    has no order.
+
+    Args:
+        shares: float32 arrays of one shape, at most 256.
+
+    Returns:
+        `RN32(2**e * sum of the mantissas)`, float32; NaN everywhere if a share has one anywhere, or
+        an infinity.
+
+    Raises:
+        ValueError: if there are none, or too many.
+    """
+    if not 1 <= len(shares) <= 256:
+        raise ValueError(f"exchange: there must be 1 to 256 shares, received {len(shares)}")
+    if len(shares) == 1:
+        return np.array(shares[0])
+    bits = min(14, 16 - (len(shares) - 1).bit_length())
+    own = [int(quantize(share, bits)[1]) for share in shares]
+    e = NAN_EXPONENT if NAN_EXPONENT in own else max(own)
+    mantissas = [quantize(share, bits, exponent=e)[0].astype(np.int64) for share in shares]
+    return dequantize(sum(mantissas).astype(np.int16), e)
 
 
 def align(q: np.ndarray, shift: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ layer with another policy computes exactly what it computes without the plugin.
     rnn.py         constants of a recurrent loop are quantised before it
     remat.py       recomputation and custom gradients keep their policy
     losses.py      a warning where an operand loses much of itself
+    distribution.py    `fit` on several machines
     jit.py         no XLA for layers on integers
     leaving.py     exports are float32, or say what they need
     recording.py   watches a trace: products, operands, batch norm; for `describe`
@@ -35,6 +36,7 @@ policies.
 """
 
 from keras_dfp.backend import attention as attention
+from keras_dfp.backend import distribution as distribution
 from keras_dfp.backend import inputs as inputs
 from keras_dfp.backend import jit as jit
 from keras_dfp.backend import leaving as leaving
