@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 
-from keras_dfp import native
+from keras_dfp import internals, native
 from keras_dfp.number import NAN_EXPONENT
 
 EXCHANGES = ("float32", "dfp16")
@@ -76,6 +77,13 @@ def summed(gradients: Sequence[tf.Tensor | None], exchange: str) -> list[tf.Tens
     for number, total in zip(known, sums, strict=True):
         result[number] = total
     return result
+
+
+def leave_as_they_are(optimizer: keras.Optimizer) -> None:
+    """Keeps an optimizer of Keras from adding up over replicas what is a sum already."""
+    if isinstance(internals.sum_gradients, type):  # It was not found.
+        raise internals.unknown(f"{internals.sum_gradients.__doc__} does not exist")
+    optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
 def _integers(context, gradients: list[tf.Tensor]) -> list[tf.Tensor]:

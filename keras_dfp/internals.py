@@ -109,5 +109,6 @@ FuncGraph = find("tensorflow.python.framework.func_graph:FuncGraph")
 get_read_write_resource_inputs = find(
     "tensorflow.python.framework.auto_control_deps_utils:get_read_write_resource_inputs"
 )
+context = find("tensorflow.python.eager.context:context")
 op_callbacks = find("tensorflow.python.framework.op_callbacks")
 saved_model = find("tensorflow.python.saved_model.save")

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from keras_dfp.cli.options import (
     PACKAGES,
     POLICY_HELP,
+    Number,
     PolicyType,
     make_folder,
     require,
     settings,
     settings_options,
 )
+from keras_dfp.exchange import EXCHANGES
 from keras_dfp.files import shown
+
+if TYPE_CHECKING:
+    from keras_dfp.training.workers import Workers
 
 
 @click.command()
@@ -32,7 +38,30 @@ from keras_dfp.files import shown
     is_flag=True,
     help="Go on from the last checkpoint in --output; the other options as before.",
 )
-def train(output: Path | None, resume: bool, checkpoint_steps: int, **options) -> None:
+@click.option(
+    "--gradient-exchange",
+    type=click.Choice(EXCHANGES),
+    default="float32",
+    show_default=True,
+    help="How several workers add up gradients: dfp16 takes half the bytes, and gives the same "
+    "bits in any order.",
+)
+@click.option(
+    "--sync-batch-norm",
+    is_flag=True,
+    help="Batch norm over the images of all workers, instead of each worker's own.",
+)
+@click.option(
+    "--worker-timeout",
+    type=Number(min=0, min_open=True),
+    default=300,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait until all workers have started.",
+)
+def train(
+    output: Path | None, resume: bool, checkpoint_steps: int, worker_timeout: float, **options
+) -> None:
     """Train NETWORK by its recipe.
 
     NETWORK is lenet unless you say otherwise. What no option says is as in the network's recipe,
@@ -49,47 +78,60 @@ def train(output: Path | None, resume: bool, checkpoint_steps: int, **options) -
       keras-dfp train resnet50 --data photos --weights imagenet --freeze
       keras-dfp train resnet50 --data imagenet --policy dfp16 --batch-size 256
       keras-dfp train resnet50 --data imagenet --policy dfp16 --batch-size 256 --resume
+
+    On several machines: the same command on each, with TF_CONFIG in the environment, which says who
+    they are. See docs/distributed.md.
     """
     require(*PACKAGES)
     # Here and not above, because it needs those packages.
+    from keras_dfp.training.workers import joined
+
+    with joined(worker_timeout) as workers:
+        _train(workers, output, resume, checkpoint_steps, **options)
+
+
+def _train(
+    workers: Workers, output: Path | None, resume: bool, checkpoint_steps: int, **options
+) -> None:
     from keras_dfp.training.run import Run
 
     this = settings(**options)
     output = output or Path("runs") / f"{this.network}-{this.policy.replace(':', '-')}"
-    if (output / "run.json").exists() and not resume:
+    say = click.secho if workers.is_chief else lambda *_, **__: None
+    if workers.is_chief and (output / "run.json").exists() and not resume:
         raise click.ClickException(
             f"{shown(output)} holds a run already. --resume goes on with it; --output chooses "
             "another folder."
         )
     data = this.find_data()
-    make_folder(output)
-    run = Run(this, output, data, resume)
+    if workers.is_chief:
+        make_folder(output)
+    run = Run(this, output, data, resume, workers)
     if run.finished:
-        click.echo("It is finished already.")
+        say("It is finished already.")
     else:
         train_data, test_data = data
-        click.secho(
+        say(
             f"Training {this.network} under {this.policy}: {len(train_data)} images of "
             f"{len(train_data.classes)} classes, {len(test_data)} to test on; "
             f"{run.epochs} epochs, {run.steps} steps"
+            + (f", on {workers.count} workers" if workers.count > 1 else "")
             + (f", of which {run.progress.step} done" if run.progress.step else ""),
             bold=True,
         )
     if this.weights is not None and run.new_classifier:
-        click.echo(
-            f"Its classifier is new: the weights of {shown(this.weights)} are for other classes."
-        )
+        say(f"Its classifier is new: the weights of {shown(this.weights)} are for other classes.")
     try:
         run.train(checkpoint_steps)
     except KeyboardInterrupt:
-        click.echo(f"\nStopped after step {run.progress.step}; --resume goes on.", err=True)
+        say(f"\nStopped after step {run.progress.step}; --resume goes on.", err=True)
         raise
     if run.progress.diverged:
         raise click.ClickException(
             f"The loss is no longer a number after step {run.progress.diverged}. Try a lower --lr."
         )
     result = run.progress.history[-1]
-    click.echo(
+    say(
         f"\ntest top-1 {result['test_top1']:.2%}, top-5 {result['test_top5']:.2%}. "
         f"In {shown(output)}: model.keras, log.csv, tensorboard/"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +26,23 @@ def save(path: Path, variables: Sequence[keras.Variable], state: dict[str, Any])
         np.savez(temporary, state=json.dumps(state), **arrays)
 
 
-def load(path: Path, variables: Sequence[keras.Variable] = ()) -> dict[str, Any]:
+def load(
+    path: Path, variables: Sequence[keras.Variable] = (), content: bytes | None = None
+) -> dict[str, Any]:
     """Assigns the first variables of a checkpoint, and returns its state.
+
+    Args:
+        path: The file.
+        variables: What to assign.
+        content: What is in the file, where it is another worker's.
 
     Raises:
         RunError: If the file is no checkpoint, or not one of these variables.
     """
     try:
-        check_file(path)
-        with np.load(path) as file:
+        if content is None:
+            check_file(path)
+        with np.load(path if content is None else io.BytesIO(content)) as file:
             state = json.loads(str(file["state"]))
             arrays = [file[str(number)] for number in range(len(variables))]
     # What NumPy raises depends on what is wrong with the file.

@@ -125,6 +125,19 @@ class Log:
             raise RunError(f"Cannot write to {folder}: {reason(error)}") from error
 
 
+class Silence:
+    """The log of a worker that is not the chief."""
+
+    def step(self, step: int, images: int, loss: float, rate: float) -> None:
+        """As `Log.step`."""
+
+    def epoch(self, history: list[Row]) -> None:
+        """As `Log.epoch`."""
+
+    def close(self) -> None:
+        """As `Log.close`."""
+
+
 def check_rows(rows: list[Row], keys: Sequence[str] = KEYS) -> None:
     """Raises ValueError if rows that were read from a file are not those of epochs."""
     for number, row in enumerate(rows, 1):

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dfp import zoo
+from keras_dfp import exchange, zoo
 from keras_dfp.files import check_file, shown
 from keras_dfp.layers import LocalResponseNormalization
 from keras_dfp.model_policy import set_model_policy
@@ -25,6 +25,7 @@ from keras_dfp.training.pipeline import Pipeline
 from keras_dfp.training.policies import policy
 from keras_dfp.training.settings import Settings
 from keras_dfp.training.sources import Source
+from keras_dfp.training.workers import Workers, alone
 
 Step = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 # The layer that tells the classes apart, in every network of the zoo.
@@ -131,6 +132,13 @@ def freeze(model: keras.Model) -> None:
         layer.trainable = layer.name == CLASSIFIER
 
 
+def synchronize(model: keras.Model) -> None:
+    """Lets batch norm take its statistics over the images of all workers."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.synchronized = True
+
+
 def check_classes(model: keras.Model, source: Source) -> None:
     """Raises DataError if a source does not have as many classes as a model."""
     outputs = keras.tree.flatten(model.output_shape)[-1]
@@ -186,38 +194,60 @@ def optimizer(recipe: Recipe) -> keras.Optimizer:
 
 
 def train_step(
-    model: keras.Model, optimizer: keras.Optimizer, recipe: Recipe, label_smoothing: float
-) -> Step:
+    model: keras.Model,
+    optimizer: keras.Optimizer,
+    recipe: Recipe,
+    label_smoothing: float,
+    workers: Workers | None = None,
+    gradient_exchange: str = "float32",
+) -> Callable[..., tf.Tensor]:
     """Returns the function that trains a model on a batch.
 
     Args:
         model: What `build` returns.
         optimizer: What `optimizer` returns.
-        recipe: Says how much the auxiliary losses count, and the weight decay, which is added to
-            the gradients of kernels before the momentum, as in the solvers of the papers.
+        recipe: Says how many images are in a batch, how much the auxiliary losses count, and the
+            weight decay, which is added to the gradients of kernels before the momentum, as in the
+            solvers of the papers.
         label_smoothing: Share of a label that is spread over all classes.
+        workers: Who shares the batch: each calls the function with its images.
+        gradient_exchange: As for `exchange.summed`.
 
     Returns:
-        A function from images and labels to what `_sums` returns.
+        A function from images, labels and a number to what `_sums` returns of the whole batch,
+        followed by the sum of all workers' numbers.
     """
+    workers = workers or alone()
+    several = workers.count > 1
+    batch = recipe.batch_size if several else None
     weights = model.trainable_variables
     decay = recipe.optimizer.weight_decay
+    if several:
+        exchange.leave_as_they_are(optimizer)
 
-    @tf.function(autograph=False)
-    def step(images, labels):
+    def share(images, labels, note):
         with tf.GradientTape() as tape:
             logits, *auxiliary = _logits(model(images, training=True))
-            loss = total = _loss(logits, labels, label_smoothing)
+            loss = total = _loss(logits, labels, label_smoothing, batch)
             for other in auxiliary:
-                total += recipe.auxiliary_weight * _loss(other, labels, label_smoothing)
+                total += recipe.auxiliary_weight * _loss(other, labels, label_smoothing, batch)
         gradients = tape.gradient(total, [weight.value for weight in weights])
+        gradients = exchange.summed(gradients, gradient_exchange)
         if decay:
             gradients = [
                 gradient + decay * weight if is_kernel(weight) else gradient
                 for gradient, weight in zip(gradients, weights, strict=True)
             ]
+        sums = tf.concat([_sums(loss, logits, labels, batch), [note]], 0)
         optimizer.apply(gradients, weights)
-        return _sums(loss, logits, labels)
+        if not several:
+            return sums
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+
+    @tf.function(autograph=False)
+    def step(images, labels, note=0.0):
+        return workers.strategy.run(share, args=(images, labels, note))
 
     return step
 
@@ -235,7 +265,7 @@ def test_step(model: keras.Model) -> Step:
 
 
 def evaluate(step: Step, pipeline: Pipeline, interrupted: Sequence = ()) -> dict[str, float]:
-    """Returns loss, top-1 and top-5 accuracy over all images of a pipeline.
+    """Returns loss, top-1 and top-5 accuracy over all images of a pipeline, those of all workers.
 
     Args:
         step: What `test_step` returns.
@@ -243,13 +273,19 @@ def evaluate(step: Step, pipeline: Pipeline, interrupted: Sequence = ()) -> dict
         interrupted: Not empty when the user wants it to stop.
 
     Raises:
-        Stopped: If it is not empty.
+        Stopped: If it is not empty, in any of the workers.
     """
-    sums = np.zeros(4)
+    several = pipeline.workers.count > 1
+    sums = np.zeros(5)
     for images, labels in pipeline.evaluation():
-        sums += step(images, labels).numpy()
-        if interrupted:
+        sums[:4] += step(images, labels).numpy()
+        if interrupted and not several:
             raise Stopped
+    sums[4] = bool(interrupted)
+    everyone = [np.frombuffer(each) for each in pipeline.workers.gathered(sums.tobytes())]
+    sums = np.sum(everyone, axis=0)
+    if sums[4] and several:
+        raise Stopped
     loss, top1, top5 = (sums[:3] / sums[3]).tolist()
     return {"loss": loss, "top1": top1, "top5": top5}
 
@@ -294,19 +330,24 @@ def _logits(outputs) -> list[tf.Tensor]:
     return [tf.cast(output, tf.float32) for output in keras.tree.flatten(outputs)]
 
 
-def _loss(logits: tf.Tensor, labels: tf.Tensor, smoothing: float = 0.0) -> tf.Tensor:
-    """Returns the mean cross-entropy of a batch."""
+def _loss(
+    logits: tf.Tensor, labels: tf.Tensor, smoothing: float = 0.0, batch: int | None = None
+) -> tf.Tensor:
+    """Returns the mean cross-entropy of a batch; its share of the mean over a larger `batch`."""
     targets = tf.one_hot(labels, logits.shape[-1])
     if smoothing:
         targets = targets * (1 - smoothing) + smoothing / logits.shape[-1]
-    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+    losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+    return tf.reduce_mean(losses) if batch is None else tf.reduce_sum(losses) / batch
 
 
-def _sums(loss: tf.Tensor, logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Returns loss, top-1 hits, top-5 hits and images of a batch."""
+def _sums(
+    loss: tf.Tensor, logits: tf.Tensor, labels: tf.Tensor, batch: int | None = None
+) -> tf.Tensor:
+    """Returns loss, top-1 hits, top-5 hits and images of a batch; `loss` is that of `_loss`."""
     images = tf.cast(tf.shape(labels)[0], tf.float32)
     hits = [
         tf.reduce_sum(tf.cast(tf.math.in_top_k(labels, logits, k), tf.float32))
         for k in (1, min(5, logits.shape[-1]))
     ]
-    return tf.stack([loss * images, *hits, images])
+    return tf.stack([loss * (images if batch is None else batch), *hits, images])

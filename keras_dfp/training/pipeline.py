@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import json
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ import tensorflow as tf
 from keras_dfp.recipe import Images
 from keras_dfp.training.errors import DataError
 from keras_dfp.training.sources import ERRORS, Source, reason
+from keras_dfp.training.workers import Workers, alone
 
 Batch = tuple[tf.Tensor, tf.Tensor]
 # Images that are looked at to learn the size of whole ones.
@@ -34,6 +36,7 @@ class Pipeline:
             `zoo.preprocessing`.
         skip_bad: What to do about an image that cannot be read: warn, by name, and go on without
             it; or raise DataError.
+        workers: Who shares every batch: each worker reads its own images only.
 
     Attributes:
         bad: Numbers of the images found to be unreadable.
@@ -49,7 +52,9 @@ class Pipeline:
         batch_size: int,
         normalize: Callable,
         skip_bad: bool = False,
+        workers: Workers | None = None,
     ):
+        self.workers = workers or alone()
         self.source = source
         self.images = images
         self.batch_size = batch_size
@@ -85,6 +90,8 @@ class Pipeline:
     def training(self, seed: int, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch of training, from batch `first` on: `steps - first`.
 
+        Of each batch, they are the share of this worker.
+
         An epoch is a random order of all images. If unreadable ones are missing from it, it starts
         again from its beginning until all batches are full.
         """
@@ -94,25 +101,40 @@ class Pipeline:
         # Drawn here and not in the graph, where it would be a fifth of the work on a small image.
         noise = random.random((len(self.source), 3), np.float32)
 
+        mine = self.workers.share(self.batch_size)
+
         def order():
-            return np.resize(self._readable(everything), self.steps * self.batch_size)
+            whole = np.resize(self._readable(everything), (self.steps, self.batch_size))
+            return whole[:, mine].ravel()
 
         def example(index, noise):
             image, label = self.source.read(index)
             image = prepare(image, self.images, self.normalize, noise)
             return _of_shape(image, shape), label
 
-        return self._batches(order, example, first, noise)
+        # An image that one worker cannot read changes the order for all.
+        agree = self.skip_bad and self.workers.count > 1
+        return self._batches(order, example, mine.stop - mine.start, agree, first, noise)
 
     def evaluation(self) -> Iterator[Batch]:
-        """Yields all images once, in their own order; the last batch may be smaller."""
+        """Yields all images once, in their own order; the last batch may be smaller.
+
+        Of several workers, each yields its share of the images.
+        """
         shape = self.shape
 
         def example(index):
             image, label = self.source.read(index)
             return _of_shape(prepare(image, self.images, self.normalize), shape), label
 
-        return self._batches(lambda: self._readable(np.arange(len(self.source))), example)
+        everything = np.arange(len(self.source))
+        mine = everything[self.workers.share(len(everything))]
+
+        def order():
+            return np.intersect1d(self._readable(everything), mine)
+
+        # All workers together have a batch at a time, as one would.
+        return self._batches(order, example, -(-self.batch_size // self.workers.count))
 
     def _readable(self, order: np.ndarray) -> np.ndarray:
         order = order[~np.isin(order, list(self.bad))] if self.bad else order
@@ -121,15 +143,22 @@ class Pipeline:
         return order
 
     def _batches(
-        self, order: Callable, example: Callable, done: int = 0, *of_each: np.ndarray
+        self,
+        order: Callable,
+        example: Callable,
+        size: int,
+        agree: bool = False,
+        done: int = 0,
+        *of_each: np.ndarray,
     ) -> Iterator[Batch]:
         """Yields the batches of an order from batch `done` on.
 
         Args:
             order: Returns the numbers of the images, without those known to be bad.
             example: Makes an image and its label of its number, and of its row of `of_each`.
+            size: Images of a batch.
+            agree: Whether all workers must know before the next batch what one cannot read.
         """
-        size = self.batch_size
         while True:
             # TensorFlow reports a bad image as an error of the batch that it is in. Which image it
             # was is looked up only then, so good images cost nothing.
@@ -142,31 +171,37 @@ class Pipeline:
             )
             iterator = iter(dataset)
             while len(indices):
+                found = []
                 try:
                     batch = next(iterator)
                 except ERRORS as error:
-                    self._find_bad(indices[:size], example, of_each, error)
+                    found = self._find_bad(indices[:size], example, of_each, error)
+                if agree:
+                    everyone = self.workers.gathered(json.dumps(found).encode())
+                    found = [index for each in everyone for index in json.loads(each)]
+                if found:
+                    self.bad.update(found)
                     break
                 yield batch
                 done, indices = done + 1, indices[size:]
             else:
                 return
 
-    def _find_bad(self, indices, example, of_each, error: Exception) -> None:
-        """Finds and reports the images of a batch that cannot be read."""
-        found = False
+    def _find_bad(self, indices, example, of_each, error: Exception) -> list[int]:
+        """Finds and reports the images of a batch that cannot be read; returns their numbers."""
+        found: list[int] = []
         for index in indices.tolist():
             try:
                 example(tf.constant(index), *(tf.constant(rows[index]) for rows in of_each))
             except ERRORS as cause:
-                found = True
                 if not self.skip_bad:
                     raise DataError(self._cannot_read(index, cause)) from cause
                 warnings.warn(f"Skipped. {self._cannot_read(index, cause)}", stacklevel=2)
-                self.bad.add(index)
+                found.append(index)
         if not found:
             # Perhaps they could be read a moment later.
             raise DataError(f"Cannot make a batch of images: {reason(error)}") from error
+        return found
 
     def _cannot_read(self, index: int, error: Exception) -> str:
         advice = "" if self.skip_bad else " (--skip-bad-images goes on without)"

@@ -33,12 +33,13 @@ from keras_dfp.info import peak_memory
 from keras_dfp.recipe import Plateau
 from keras_dfp.training import checkpoint, network
 from keras_dfp.training.errors import DataError, RunError
-from keras_dfp.training.log import Log, Row, check_rows, write_csv
+from keras_dfp.training.log import Log, Row, Silence, check_rows, write_csv
 from keras_dfp.training.network import Stopped
 from keras_dfp.training.pipeline import Pipeline
 from keras_dfp.training.schedule import Plateaus, learning_rate
 from keras_dfp.training.settings import Settings
 from keras_dfp.training.sources import Source
+from keras_dfp.training.workers import Workers, alone
 from keras_dfp.version import __version__
 
 
@@ -106,10 +107,13 @@ class Run:
         folder: Where it lives.
         data: What to train on and what to test on: `settings.find_data()`.
         resume: Whether to go on if there is such a run in the folder.
+        workers: Who trains it together: each makes such a run, of the same settings. The folder is
+            that of worker 0, the chief; the others neither read nor write any.
 
     Raises:
-        RunError: If the folder holds a run and `resume` is false, or another run; if the network
-            cannot be built for such images; if there are no such weights to start from.
+        RunError: If the workers do not agree; if the folder holds a run and `resume` is false, or
+            another run; if the network cannot be built for such images; if there are no such
+            weights to start from.
 
     Attributes:
         new_classifier: Whether the weights that it starts from are for other classes, so that the
@@ -117,9 +121,15 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, data: tuple[Source, Source], resume: bool = False
+        self,
+        settings: Settings,
+        folder: Path,
+        data: tuple[Source, Source],
+        resume: bool = False,
+        workers: Workers | None = None,
     ):
         self.settings = settings
+        self.workers = workers = workers or alone()
         self.folder = folder
         self.training, self.test = (
             Pipeline(
@@ -128,6 +138,7 @@ class Run:
                 settings.batch_size,
                 zoo.preprocessing(settings.network, settings.weights),
                 settings.skip_bad,
+                workers,
             )
             for source in data
         )
@@ -139,6 +150,14 @@ class Run:
                 f"A batch of {settings.batch_size} images is more than the "
                 f"{len(data[0])} there are to train on."
             )
+        if settings.batch_size < workers.count:
+            raise RunError(
+                f"A batch of {settings.batch_size} images is too small for {workers.count} workers."
+            )
+        facts = {"input_shape": list(self.training.shape), **settings.facts(data)}
+        known = {**dataclasses.asdict(settings), **facts, "versions": _versions()}
+        del known["data"]  # The same images may lie elsewhere.
+        workers.check_equal("settings and data", known)
         self.steps = settings.steps or settings.epochs * self.training.steps
         self.epochs = math.ceil(self.steps / self.training.steps)
 
@@ -147,20 +166,30 @@ class Run:
         keras.utils.set_random_seed(settings.seed)
         if settings.deterministic:
             tf.config.experimental.enable_op_determinism()
-        self.model = network.build(settings, self.training.shape, len(data[0].classes))
-        self.new_classifier = False
-        if settings.weights is not None and not self._checkpoint.exists():
-            self.new_classifier = network.start_from(settings.weights, self.model, settings)
-        if settings.freeze:
-            network.freeze(self.model)
-        self.optimizer = network.optimizer(settings.recipe)
-        self.optimizer.build(self.model.trainable_variables)
+        with workers.strategy.scope():
+            self.model = network.build(settings, self.training.shape, len(data[0].classes))
+            self.new_classifier = False
+            if settings.weights is not None and not self._checkpoint.exists():
+                self.new_classifier = network.start_from(settings.weights, self.model, settings)
+            if settings.freeze:
+                network.freeze(self.model)
+            if settings.sync_batch_norm:
+                network.synchronize(self.model)
+            self.optimizer = network.optimizer(settings.recipe)
+            self.optimizer.build(self.model.trainable_variables)
         self._train_step = network.train_step(
-            self.model, self.optimizer, settings.recipe, settings.label_smoothing
+            self.model,
+            self.optimizer,
+            settings.recipe,
+            settings.label_smoothing,
+            workers,
+            settings.gradient_exchange,
         )
         self._test_step = network.test_step(self.model)
         self.progress = Progress()
-        self._open(resume, {"input_shape": list(self.training.shape), **settings.facts(data)})
+        if workers.is_chief:
+            self._open(resume, facts)
+        self._load()
 
     @property
     def finished(self) -> bool:
@@ -182,29 +211,35 @@ class Run:
             DataError: If an image cannot be read and is not to be skipped.
             BlockingIOError: If another process is training it.
         """
-        with locked(self.folder):
-            # What a process that was killed while it wrote has left.
-            for folder in self.folder.glob(".writing-*"):
-                shutil.rmtree(folder)
+        chief = self.workers.is_chief
+        with locked(self.folder) if chief else contextlib.nullcontext():
+            if chief:
+                # What a process that was killed while it wrote has left.
+                for folder in self.folder.glob(".writing-*"):
+                    shutil.rmtree(folder)
             # Perhaps another process has come further in the meantime.
             self._load()
             if not self.finished:
                 self._train(checkpoint_steps)
             # Also when the run was killed just before.
             target = self.folder / "model.keras"
-            if self.progress.diverged is None and not target.exists():
+            if chief and self.progress.diverged is None and not target.exists():
                 with written_whole(target) as path:
                     network.deployable(self.model, self.settings).save(path)
+            # Nobody leaves before all is written.
+            self.workers.gathered(b"")
 
     def _train(self, checkpoint_steps: int) -> None:
         size = self.settings.batch_size
-        log = Log(self.folder, self.epochs, self.steps * size, self.progress.step * size)
+        log: Log | Silence = Silence()
+        if self.workers.is_chief:
+            log = Log(self.folder, self.epochs, self.steps * size, self.progress.step * size)
         with _deferred_interrupt() as interrupted, contextlib.closing(log):
             try:
                 while not self.finished:
-                    for rate in self._steps_of_epoch():
+                    for rate in self._steps_of_epoch(interrupted):
                         log.step(self.progress.step, size, self.progress.losses[-1], rate)
-                        if interrupted:
+                        if self._stop:
                             raise Stopped
                         if self.progress.step % checkpoint_steps == 0:
                             self.save()
@@ -221,7 +256,9 @@ class Run:
                 raise KeyboardInterrupt from None
 
     def save(self) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint, if this is the worker that does."""
+        if not self.workers.is_chief:
+            return
         self.progress.bad = [sorted(part.bad) for part in (self.training, self.test)]
         checkpoint.save(
             self._checkpoint,
@@ -243,19 +280,14 @@ class Run:
         known = dataclasses.asdict(read(self.folder))
         if different := self.settings.differences(known, model):
             raise RunError(f"{shown(self.folder)} holds another run: {'; '.join(different)}.")
-        self._load()
 
     def _started(self, model: dict[str, Any]) -> bool:
         """Writes `run.json`, unless there is one; returns whether it did."""
         path = self.folder / "run.json"
         if path.exists():
             return False
-        versions = {
-            "keras_dfp": __version__,
-            "keras": keras.__version__,
-            "tensorflow": tf.__version__,
-        }
-        content = {"settings": dataclasses.asdict(self.settings), **model, "versions": versions}
+        settings = dataclasses.asdict(self.settings)
+        content = {"settings": settings, **model, "versions": _versions()}
         try:
             with written_whole(path) as temporary:
                 temporary.write_text(json.dumps(content, indent=1))
@@ -272,11 +304,19 @@ class Run:
         return True
 
     def _load(self) -> None:
-        """Goes on from the checkpoint, if there is one."""
-        if not self._checkpoint.exists():
+        """Goes on from the chief's checkpoint, if there is one."""
+        exists, content = self._checkpoint.exists(), None
+        if self.workers.count > 1:
+            chief = self.workers.is_chief
+            content = self.workers.from_chief(
+                self._checkpoint.read_bytes() if chief and exists else b""
+            )
+            exists = bool(content)
+        if not exists:
             return
         variables = [*self.model.variables, *self.optimizer.variables]
-        progress = _progress(self._checkpoint, checkpoint.load(self._checkpoint, variables))
+        state = checkpoint.load(self._checkpoint, variables, content)
+        progress = _progress(self._checkpoint, state)
         done, size = len(progress.history), self.training.steps
         finished = (progress.step, done) == (self.steps, self.epochs)
         goes_on = done * size <= progress.step <= min((done + 1) * size, self.steps)
@@ -288,15 +328,18 @@ class Run:
             )
         self.progress = progress
         self.training.bad, self.test.bad = map(set, progress.bad)
-        if progress.history:
+        if progress.history and self.workers.is_chief:
             write_csv(self.folder / "log.csv", progress.history)
 
     @property
     def _epoch_is_open(self) -> bool:
         return self.progress.sums[3] > 0
 
-    def _steps_of_epoch(self) -> Iterator[float]:
-        """Does the steps that are left of the epoch; yields the learning rate of each, done."""
+    def _steps_of_epoch(self, interrupted: list) -> Iterator[float]:
+        """Does the steps that are left of the epoch; yields the learning rate of each, done.
+
+        `_stop` says after each whether one of the workers is interrupted: the same to all of them.
+        """
         progress, size = self.progress, self.training.steps
         epoch = len(progress.history)
         first, end = progress.step - epoch * size, min(size, self.steps - epoch * size)
@@ -309,7 +352,9 @@ class Run:
                 self.settings.recipe, progress.step / self.steps, progress.plateaus.reductions
             )
             self.optimizer.learning_rate = rate
-            sums = self._train_step(images, labels).numpy().tolist()
+            note = tf.constant(float(bool(interrupted)))
+            *sums, notes = self._train_step(images, labels, note).numpy().tolist()
+            self._stop = bool(notes if self.workers.count > 1 else interrupted)
             seconds, start = time.perf_counter() - start, time.perf_counter()
             progress.sums = [a + b for a, b in zip(progress.sums, (*sums, seconds), strict=True)]
             progress.losses.append(sums[0] / sums[3])
@@ -331,7 +376,7 @@ class Run:
         row = {
             "epoch": len(progress.history) + 1,
             "step": progress.step,
-            "learning_rate": float(self.optimizer.learning_rate),
+            "learning_rate": float(keras.ops.convert_to_numpy(self.optimizer.learning_rate)),
             "loss": loss / images,
             "top1": top1 / images,
             "top5": top5 / images,
@@ -345,6 +390,14 @@ class Run:
         if isinstance(schedule, Plateau):
             patience = max(1, round(schedule.patience * self.epochs / self.settings.recipe.epochs))
             progress.plateaus.update(schedule, test["top1"], patience)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "keras_dfp": __version__,
+        "keras": keras.__version__,
+        "tensorflow": tf.__version__,
+    }
 
 
 def read(folder: Path) -> Facts:

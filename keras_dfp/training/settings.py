@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_dfp import zoo
+from keras_dfp.exchange import EXCHANGES
 from keras_dfp.recipe import Recipe
 from keras_dfp.training import sources
 from keras_dfp.training.errors import RunError
@@ -36,6 +37,8 @@ class Settings:
         deterministic: Whether TensorFlow's ops are made to give the same bits in every run.
         weights: `"imagenet"` or a file, as for `zoo.load`, to start from; `None`: random ones.
         freeze: Whether only the classifier is trained.
+        gradient_exchange: How several workers add up gradients: `"float32"` or `"dfp16"`.
+        sync_batch_norm: Whether batch norm takes its statistics over the images of all workers.
 
     Raises:
         RunError: If a value is out of its range.
@@ -57,6 +60,8 @@ class Settings:
     deterministic: bool = False
     weights: str | None = None
     freeze: bool = False
+    gradient_exchange: str = "float32"
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         for name, right, wanted in (
@@ -72,6 +77,11 @@ class Settings:
             ("seed", 0 <= self.seed < 2**31, "at least 0 and below 2**31"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
             ("classes", self.classes > 1, "at least 2"),
+            (
+                "gradient_exchange",
+                self.gradient_exchange in EXCHANGES,
+                " or ".join(map(repr, EXCHANGES)),
+            ),
             ("holdout", 0 < self.holdout < 1, "above 0 and below 1"),
         ):
             if not right:
