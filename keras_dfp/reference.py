@@ -295,7 +295,7 @@ def exchange(shares: Sequence[np.ndarray]) -> np.ndarray:
     own = [int(quantize(share, bits)[1]) for share in shares]
     e = NAN_EXPONENT if NAN_EXPONENT in own else max(own)
     mantissas = [quantize(share, bits, exponent=e)[0].astype(np.int64) for share in shares]
-    return dequantize(sum(mantissas).astype(np.int16), e)
+    return dequantize(np.sum(mantissas, axis=0).astype(np.int16), e)
 
 
 def align(q: np.ndarray, shift: np.ndarray) -> np.ndarray:

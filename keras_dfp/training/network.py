@@ -182,7 +182,7 @@ def deployable(model: keras.Model, settings: Settings) -> keras.Model:
 def optimizer(recipe: Recipe) -> keras.Optimizer:
     """Returns the recipe's optimizer."""
     rate, options = recipe.schedule.learning_rate, recipe.optimizer
-    momentum = {"momentum": options.momentum, "nesterov": options.nesterov}
+    momentum: dict[str, Any] = {"momentum": options.momentum, "nesterov": options.nesterov}
     match options.name:
         case "adam":
             return keras.optimizers.Adam(rate)

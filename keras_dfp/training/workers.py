@@ -212,9 +212,10 @@ def _cluster() -> tuple[list[str], int]:
         config = json.loads(text)
         if not config.get("cluster"):
             return [], 0
-        (job, addresses), task = *config["cluster"].items(), config["task"]
+        addresses, task = config["cluster"]["worker"], config["task"]
         index = int(task["index"])
-        right = job == task["type"] == "worker" and 0 <= index < len(addresses)
+        right = len(config["cluster"]) == 1 and task["type"] == "worker"
+        right = right and 0 <= index < len(addresses)
         ports = [int(address.rpartition(":")[2]) for address in addresses]
         right = right and all(0 < port < 2**16 for port in ports)
         right = right and len(set(addresses)) == len(addresses)
@@ -238,7 +239,8 @@ def _rendezvous(addresses: list[str], index: int, timeout: float) -> None:
     end = time.monotonic() + timeout
     hello = json.dumps([addresses, index]).encode()
     others = set(range(len(addresses))) - {index}
-    to_call, callers = set(others), set()
+    to_call = set(others)
+    callers: set[int] = set()
     with _listener(addresses[index], index) as listener:
         while to_call or callers != others:
             for other in sorted(to_call):
