@@ -114,10 +114,10 @@ def test_stock_fit_still_needs_help():
 # ---- keras-dfp train -----------------------------------------------------------------------------
 
 
-def command(folder, *options):
-    return [sys.executable, "-m", "keras_dfp", "train", "resnet20", "--data", str(folder / "data"),
-            "--batch-size", "12", "--holdout", "0.2", "--sync-batch-norm",
-            "--output", str(folder / "run"), *options]  # fmt: skip
+def command(folder, *options, network="resnet20"):
+    data = ["--data", str(folder / "data"), "--sync-batch-norm"] if network == "resnet20" else []
+    return [sys.executable, "-m", "keras_dfp", "train", network, *data, "--batch-size", "12",
+            "--holdout", "0.2", "--output", str(folder / "run"), *options]  # fmt: skip
 
 
 def state(folder):
@@ -177,17 +177,19 @@ def steps_done(folder):
 
 
 @pytest.mark.slow
-def test_ten_workers_killed_at_random(data):
+def test_ten_workers_killed_at_random(tmp_path):
     """Each time another is killed: the others end, name it, leave what is whole, and go on."""
     chance, seen = random.Random(0), 0
-    options = ["--steps", "400", "--checkpoint-steps", "1", "--lr", "1e-4"]
+    options = ["--steps", "100000", "--checkpoint-steps", "1", "--gradient-exchange", "dfp16"]
     for turn in range(10):
         count = chance.choice([2, 3])
         victim = chance.randrange(count)
-        resume = ["--resume"] if (data / "run" / "run.json").exists() else []
-        with processes.started(count, command(data, *options, *resume)) as started:
+        resume = ["--resume"] if (tmp_path / "run" / "run.json").exists() else []
+        with processes.started(
+            count, command(tmp_path, *options, *resume, network="lenet")
+        ) as started:
             deadline = time.monotonic() + processes.LIMIT
-            while steps_done(data) <= seen and time.monotonic() < deadline:
+            while steps_done(tmp_path) <= seen and time.monotonic() < deadline:
                 assert all(process.poll() is None for process in started.values())
                 time.sleep(0.2)
             time.sleep(chance.random())
@@ -200,10 +202,10 @@ def test_ten_workers_killed_at_random(data):
                 assert code == 1, (turn, errors)
                 assert f"worker {victim} (127.0.0.1:" in errors, (turn, errors)
                 assert "--resume" in errors
-        done = steps_done(data)
+        done = steps_done(tmp_path)
         assert done > seen
         seen = done
-    progress, arrays = state(data)
+    progress, arrays = state(tmp_path)
     assert len(progress["losses"]) == progress["step"] >= 10
     assert all(np.isfinite(array).all() for array in arrays)
 
