@@ -18,7 +18,7 @@ from keras_dfp import requirements as requirements  # first: it says what is mis
 from keras_dfp import source_tree as source_tree  # then: it finds packages for the others
 
 # isort: split
-from keras_dfp import backend, layers, ops, optimizers, reference, zoo
+from keras_dfp import backend, callbacks, layers, ops, optimizers, reference, zoo
 from keras_dfp.audit import Audit, audit
 from keras_dfp.info import info
 from keras_dfp.legacy import warn_of_legacy_keras as _warn_of_legacy_keras
@@ -36,6 +36,7 @@ __all__ = [
     "__version__",
     "audit",
     "backend",
+    "callbacks",
     "describe",
     "info",
     "layers",

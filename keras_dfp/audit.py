@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import glob
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,54 +224,22 @@ def _projection(outputs) -> tf.Tensor:
     return total
 
 
-class _Error:
-    """The relative error of tensors taken together: of each sample, and of those the mean.
-
-    A loud sample would hide what becomes of the others in a norm of all.
-    """
-
-    def __init__(self):
-        # Squared norms of differences and of the truth, by the number of samples.
-        self.sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def add(self, ours, truth, samples: bool = True) -> None:
-        if ours is None or truth is None:
-            return
-        ours, truth = (np.asarray(tf.convert_to_tensor(t), np.float64) for t in (ours, truth))
-        count = len(ours) if samples and ours.ndim else 1
-        difference, size = (((a**2).reshape(count, -1)).sum(1) for a in (ours - truth, truth))
-        before = self.sums.get(count, (0.0, 0.0))
-        self.sums[count] = before[0] + difference, before[1] + size
-
-    def result(self) -> float | None:
-        if not self.sums:
-            return None
-        difference, size = (
-            np.concatenate(parts) for parts in zip(*self.sums.values(), strict=True)
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            errors = np.sqrt(difference / size)
-        # Where nothing was expected, nothing is no error.
-        errors = errors[(size > 0) | (difference > 0)]
-        return float(errors.mean()) if errors.size else 0.0
-
-
 class _Row:
     """What the calls of one operation of a layer add up to."""
 
     def __init__(self, call: auditing.Call):
         self.call = call
-        self.errors: dict[str, _Error] = collections.defaultdict(_Error)
+        self.errors: dict[str, auditing.Error] = collections.defaultdict(auditing.Error)
         self.losses = {name: auditing.Losses() for name in ("x", "w", "dy")}
         self.weights: dict[int, Any] = {}
 
     def add(self, call: auditing.Call, twin: auditing.Call) -> None:
         self.errors["output_all"].add(call.output, twin.output)
-        operands = [_value(operand) for operand in call.operands]
-        is_weight = [_is_variable(operand) for operand in call.operands]
+        operands = [auditing.value(operand) for operand in call.operands]
+        is_weight = [auditing.is_variable(operand) for operand in call.operands]
         with auditing.losses() as lost:
-            ours, our_gradients = _gradients(call.ours, operands, call.gradient)
-        stock, stock_gradients = _gradients(call.stock, operands, call.gradient)
+            ours, our_gradients = auditing.gradients(call.ours, operands, call.gradient)
+        stock, stock_gradients = auditing.gradients(call.stock, operands, call.gradient)
         self.errors["output"].add(ours, stock)
         for weight, g, truth in zip(is_weight, our_gradients, stock_gradients, strict=True):
             name = "weight_gradient" if weight else "input_gradient"
@@ -305,26 +272,6 @@ class _Row:
         lost = max(share or 0.0 for share in row["lost"].values())
         row["advice"] = advice(row["path"], remedy(_badness(row), lost, fmt))
         return row
-
-
-def _is_variable(x) -> bool:
-    return isinstance(x, (keras.Variable, tf.Variable))
-
-
-def _value(x):
-    if isinstance(x, keras.Variable):
-        return x.value
-    return x if isinstance(x, tf.Variable) else tf.convert_to_tensor(x)
-
-
-def _gradients(product: Callable, operands: Sequence[Any], dy):
-    """Returns a product of operands, and the gradients of all of them for `dy`."""
-    with tf.GradientTape() as tape:
-        tape.watch(operands)
-        y = product(*operands)
-    if dy is None:
-        return y, [None] * len(operands)
-    return y, tape.gradient(y, operands, output_gradients=dy)
 
 
 def _badness(row: dict[str, Any]) -> float:

@@ -153,3 +153,57 @@ def losses() -> Iterator[dict[str, Losses]]:
 
     with native.observed(note):
         yield found
+
+
+class Error:
+    """The relative error of tensors taken together: of each sample, and of those the mean.
+
+    A loud sample would hide what becomes of the others in a norm of all.
+    """
+
+    def __init__(self):
+        # Squared norms of differences and of the truth, by the number of samples.
+        self.sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def add(self, ours, truth, samples: bool = True) -> None:
+        if ours is None or truth is None:
+            return
+        ours, truth = (np.asarray(tf.convert_to_tensor(t), np.float64) for t in (ours, truth))
+        count = len(ours) if samples and ours.ndim else 1
+        difference, size = (((a**2).reshape(count, -1)).sum(1) for a in (ours - truth, truth))
+        before = self.sums.get(count, (0.0, 0.0))
+        self.sums[count] = before[0] + difference, before[1] + size
+
+    def result(self) -> float | None:
+        if not self.sums:
+            return None
+        difference, size = (
+            np.concatenate(parts) for parts in zip(*self.sums.values(), strict=True)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            errors = np.sqrt(difference / size)
+        # Where nothing was expected, nothing is no error.
+        errors = errors[(size > 0) | (difference > 0)]
+        return float(errors.mean()) if errors.size else 0.0
+
+
+def is_variable(x) -> bool:
+    """Tells whether an operand is a weight."""
+    return isinstance(x, (keras.Variable, tf.Variable))
+
+
+def value(x):
+    """Returns an operand as a tensor, or as a variable of TensorFlow's."""
+    if isinstance(x, keras.Variable):
+        return x.value
+    return x if isinstance(x, tf.Variable) else tf.convert_to_tensor(x)
+
+
+def gradients(product: Callable, operands: Sequence[Any], dy):
+    """Returns a product of operands, and the gradients of all of them for `dy`."""
+    with tf.GradientTape() as tape:
+        tape.watch(operands)
+        y = product(*operands)
+    if dy is None:
+        return y, [None] * len(operands)
+    return y, tape.gradient(y, operands, output_gradients=dy)

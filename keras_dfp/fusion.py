@@ -40,7 +40,10 @@ _MASKS = {"ReluGrad": "relu", "Relu6Grad": "relu6"}
 _MOST_PARTS = 8
 _MOST_CHANNELS = 4096
 # How a DfpQuantize rounds; its successor is told the same.
-_QUANTIZE_ATTRS = ("mantissa_bits", "rounding", "seed", "tensor_id", "group_axes", "site")
+_QUANTIZE_ATTRS = (
+    *("mantissa_bits", "rounding", "seed", "tensor_id", "group_axes"),
+    *("site", "role", "watched"),
+)
 
 
 @contextlib.contextmanager

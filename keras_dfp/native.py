@@ -116,12 +116,15 @@ def quantize(
     group_axes: int = 0,
     site: str = "",
     fused: bool = True,
+    role: str = "activation",
+    watched: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the mantissas of `x`, and exponents of the shape of its first `group_axes` axes.
 
     With `fused`, `fusion` may compute them in one pass with the steps that x comes from. With a
-    `site`, the name of where this happens, a loss of much of a group is told to the handler
-    of `extension.set_loss_handler`.
+    `site`, the name of where this happens, `extension.take_numbers` gives the numbers of what is
+    quantised, by its `role` (`"activation"`, `"weight"` or `"gradient"`); and if it is `watched`, a
+    loss of much of a group is told to the handler of `extension.set_loss_handler`.
 
     Stochastic rounding draws the `step` of its noise from TensorFlow's random numbers: no state to
     keep, save or distribute, and `keras.utils.set_random_seed` makes it repeatable.
@@ -138,6 +141,8 @@ def quantize(
         tensor_id=tensor_id,
         group_axes=group_axes,
         site=site,
+        role=role,
+        watched=watched,
         n_counts=0,
         fused=fused,
     )
@@ -189,12 +194,22 @@ class Factor:
         return cls(operand.q, lambda: lib.dfp_dequantize(*operand), lambda: operand)
 
     @classmethod
-    def incoming(cls, dy, bits: int, rounding: str, group_axes: int, fused: bool) -> Factor:
+    def incoming(
+        cls, dy, bits: int, rounding: str, group_axes: int, fused: bool, site: str
+    ) -> Factor:
         """The gradient of an op's output: quantised once for all that reads it."""
 
         def operand():
             q, exponent = quantize(
-                dy, bits, rounding, tensor_id=2, group_axes=group_axes, fused=fused
+                dy,
+                bits,
+                rounding,
+                tensor_id=2,
+                group_axes=group_axes,
+                site=site,
+                fused=fused,
+                role="gradient",
+                watched=False,
             )
             return Operand(q, exponent, lib.dfp_token(x=dy, q=q, shape=[]))
 
@@ -224,7 +239,7 @@ class ProductOp:
         attrs: The attributes of the TensorFlow op.
     """
 
-    # Which entries of `attrs` say in what arithmetic the gradient of each factor is computed.
+    # What the gradient of each factor is; `attrs` say in what arithmetic it is computed.
     modes = ("input_gradient", "weight_gradient")
     # Which entry of `attrs` says how many bits the gradient of the result gets.
     output_bits: str
@@ -254,7 +269,11 @@ class ProductOp:
         dy = tf.convert_to_tensor(dy)
         groups = 0 if self.attrs["exponents"] == "tensor" else self.output_groups(first)
         attrs = self.attrs
-        dy = Factor.incoming(dy, attrs[self.output_bits], attrs["rounding"], groups, attrs["fused"])
+        # Gradients of gradients are nobody's.
+        site = attrs["site"] if attrs["product"] == "forward" else ""
+        dy = Factor.incoming(
+            dy, attrs[self.output_bits], attrs["rounding"], groups, attrs["fused"], site
+        )
         results: list[tf.Tensor | None] = []
         for (product, a, b), mode, want in zip(
             self._backward(first, second, dy), self.modes, wanted, strict=True
@@ -262,6 +281,7 @@ class ProductOp:
             if not want:
                 results.append(None)
             elif self.attrs[mode] == "dfp":
+                product.attrs = {**product.attrs, "site": site, "product": mode}
                 results.append(product.dfp(a.operand, b.operand))
             else:
                 results.append(product.float32(a.float32, b.float32))
@@ -297,14 +317,22 @@ def _attrs(op, names) -> dict:
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
 
 
-_SHARED = ("accumulation", "rounding", "input_gradient", "weight_gradient", "exponents", "fused")
+_SHARED = (
+    *("accumulation", "rounding", "input_gradient", "weight_gradient", "exponents", "fused"),
+    *("site", "product"),
+)
 
 
 class Matmul(ProductOp):
     """`a @ b`, either of them transposed; shapes [..., M, K] and [..., K, N], no broadcasting."""
 
-    names = ("a_bits", "b_bits", "dy_bits", "transpose_a", "transpose_b", *_SHARED)
+    names = ("a_bits", "b_bits", "dy_bits", "transpose_a", "transpose_b", "swapped", *_SHARED)
     output_bits = "dy_bits"
+
+    @property
+    def modes(self):
+        modes = Product.modes
+        return modes[::-1] if self.attrs["swapped"] else modes
 
     def dfp(self, first, second):
         y = lib.dfp_matmul(*first, *second, **self.attrs)

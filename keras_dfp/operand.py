@@ -192,11 +192,13 @@ def _address(tensor) -> int:
 
 @contextlib.contextmanager
 def site_scope(site: str, tensor_ids: Collection[int] = (0, 1)) -> Iterator[None]:
-    """Names the place where operands are quantised inside, for the warning of what they lose.
+    """Names the place where operands are quantised and multiplied inside.
+
+    By this name they are known to the warning of what operands lose, and to statistics.
 
     Args:
-        site: The name; empty for no warning.
-        tensor_ids: The operands that are looked at.
+        site: The name; empty for neither.
+        tensor_ids: The operands that the warning looks at.
     """
     previous = getattr(_local, "site", ("", ()))
     _local.site = site, tensor_ids
@@ -208,14 +210,20 @@ def site_scope(site: str, tensor_ids: Collection[int] = (0, 1)) -> Iterator[None
 
 def watch_only(*tensor_ids: int):
     """A `site_scope` of the same name that looks at fewer operands."""
-    return site_scope(getattr(_local, "site", ("", ()))[0], tensor_ids)
+    return site_scope(current_site(), tensor_ids)
+
+
+def current_site() -> str:
+    """Returns the name of the innermost `site_scope`, on this thread."""
+    return getattr(_local, "site", ("", ()))[0]
 
 
 def _quantized(x, value, fmt, tensor_id, group_axes):
     """Returns q and exponents of `value`, which is `x` or what was read from the variable `x`."""
-    name, tensor_ids = getattr(_local, "site", ("", ()))
-    site = name if tensor_id in tensor_ids else ""
-    how = fmt.mantissa_bits, fmt.rounding, tensor_id, group_axes, site, fmt.fused
+    site, watched = getattr(_local, "site", ("", ()))
+    role = "weight" if is_weight(x) else "activation"
+    how = (fmt.mantissa_bits, fmt.rounding, tensor_id, group_axes, site, fmt.fused, role)
+    watched = tensor_id in watched
     loop = getattr(_local, "loop", None)
     graph = getattr(value, "graph", None)
     key = (fmt.mantissa_bits, fmt.rounding, group_axes, fmt.fused)
@@ -226,18 +234,34 @@ def _quantized(x, value, fmt, tensor_id, group_axes):
     else:
         # The tensor is eager, or of a graph that this one does not lie in (a loop's gradient
         # reads tensors of the loop's body).
-        return native.quantize(value, *how)
-    if key not in known:
+        return native.quantize(value, *how, watched)
+    if key in known:
+        share_site(known[key][0], site)
+    else:
         with contextlib.nullcontext() if graph is None else graph.as_default():
             source = x if isinstance(x, tf.Variable) else value
-            known[key] = native.quantize(source, *how)
+            known[key] = native.quantize(source, *how, watched)
     return known[key]
+
+
+def share_site(q: tf.Tensor, site: str) -> None:
+    """Adds a site to those of mantissas in a graph, which it multiplies too."""
+    if not site or isinstance(q, tf.__internal__.EagerTensor):
+        return
+    sites = q.op.get_attr("site").decode().split(",")
+    # The native op knows as much as 199 bytes.
+    if site not in sites and len(text := ",".join([*sites, site])) < 200:
+        q.op._set_attr("site", tf.compat.v1.AttrValue(s=text.encode()))
+
+
+def is_weight(x) -> bool:
+    """Tells whether x is a variable, or what one holds in a call without state."""
+    return isinstance(x, tf.Variable) or hasattr(x, "_dfp_variable")
 
 
 def _is_activation(x) -> bool:
     """Tells whether x is a tensor of a graph, and not what a variable holds."""
-    is_variable = isinstance(x, tf.Variable) or hasattr(x, "_dfp_variable")
-    return not is_variable and getattr(x, "graph", None) is not None
+    return not is_weight(x) and getattr(x, "graph", None) is not None
 
 
 def _current_graph():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import types
 import warnings
@@ -16,7 +15,7 @@ import keras
 from keras import dtype_policies
 
 from keras_dfp import backend, internals, ops
-from keras_dfp.backend.calling import SCOPES, Decision, float32_by_default
+from keras_dfp.backend.calling import SCOPES, Decision, float32_by_default, matches
 from keras_dfp.backend.registry import replaces
 from keras_dfp.internals import Functional, functional, global_state
 from keras_dfp.number import PRODUCTS, DFPFormat
@@ -165,10 +164,10 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
 
     def _decide_by_pattern(self, path: str) -> Decision | None:
         for pattern, decision in self.overrides.items():
-            if _matches(pattern, path):
+            if matches(pattern, path):
                 return decision
         for pattern in self.exclude:
-            if _matches(pattern, path):
+            if matches(pattern, path):
                 return Decision(None, f"excluded by pattern {pattern!r}")
         return None
 
@@ -178,7 +177,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
         return [
             pattern
             for pattern in (*self.exclude, *self.overrides)
-            if not any(_matches(pattern, path) for path in paths)
+            if not any(matches(pattern, path) for path in paths)
         ]
 
     def excluding(self, layer: keras.layers.Layer) -> DFPPolicy:
@@ -259,10 +258,6 @@ def _patterns(exclude) -> tuple[str, ...]:
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a list of patterns; got the string {exclude!r}.")
     return tuple(_pattern(pattern, "exclude") for pattern in exclude)
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (path, path.rsplit("/", 1)[-1]))
 
 
 def set_policy(policy: str | dtype_policies.DTypePolicy) -> None:

@@ -14,7 +14,7 @@ from keras_dfp import native
 from keras_dfp.internals import control_flow_util
 from keras_dfp.native import Factor, Operand, ProductOp
 from keras_dfp.number import DFPFormat
-from keras_dfp.operand import Size, reshape
+from keras_dfp.operand import Size, current_site, is_weight, reshape
 from keras_dfp.operand import operand as make_operand
 
 
@@ -121,23 +121,20 @@ class View:
 
 def has_groups(fmt: DFPFormat, x) -> bool:
     """Tells whether a tensor may have more than one exponent; variables always have one."""
-    is_variable = isinstance(x, tf.Variable) or hasattr(x, "_dfp_variable")
-    return fmt.exponents == "sample" and not is_variable
+    return fmt.exponents == "sample" and not is_weight(x)
 
 
-def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> dict:
+def attributes(fmt: DFPFormat, *bits: str, **others) -> dict:
     """Returns the attributes of a native op that computes in a format."""
-    modes = ("weight_gradient", "input_gradient") if swapped else ProductOp.modes
     return {
         **dict.fromkeys(bits, fmt.mantissa_bits),
         "accumulation": fmt.accumulation,
         "rounding": fmt.rounding,
         "exponents": fmt.exponents,
         "fused": fmt.fused,
-        **{
-            mode: "dfp" if product in fmt.products else "float32"
-            for mode, product in zip(modes, ProductOp.modes, strict=True)
-        },
+        "site": current_site(),
+        "product": "forward",
+        **{mode: "dfp" if mode in fmt.products else "float32" for mode in ProductOp.modes},
         **others,
     }
 

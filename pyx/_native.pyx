@@ -18,6 +18,7 @@ from the machine up:
     depthwise   and of a depthwise one, as sums of rows
     channels    passes over rows of channels: batch norm, ReLU, sums
     response    local response normalisation
+    statistics  what quantising did to a tensor
     update      a step of an optimizer
     tf/         the C API, and one file for each kind of op
 """
@@ -37,6 +38,7 @@ include "threads.pxi"
 include "sizes.pxi"
 include "quantize.pxi"
 include "channels.pxi"
+include "statistics.pxi"
 include "pack.pxi"
 include "exponents.pxi"
 include "gemm.pxi"
@@ -50,6 +52,7 @@ include "update.pxi"
 include "tf/api.pxi"
 include "tf/call.pxi"
 include "tf/losses.pxi"
+include "tf/statistics.pxi"
 include "tf/op.pxi"
 include "tf/quantize.pxi"
 include "tf/normalize.pxi"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -118,6 +119,11 @@ def _stateless_call(original):
 
 
 # ---- what its policy says ------------------------------------------------------------------------
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Tells whether a pattern matches the path of a layer, or its last part, the name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (path, path.rsplit("/", 1)[-1]))
 
 
 def decide(layer: keras.layers.Layer | None) -> Decision:

@@ -1,4 +1,4 @@
-"""What an operand loses when it is quantised, told by the layer that multiplies it."""
+"""Names by which native ops know layers; the warning of what an operand loses when quantised."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from keras_dfp.native import extension
 
 _serials = itertools.count(1)
 _sites = PerLayer()
-# From a site to the path of its layer; what has been told is taken out.
+# From a site to the path of its layer.
 _paths: dict[str, str] = {}
+_told: set[str] = set()
 
 
 def site_of(layer: keras.layers.Layer) -> str:
-    """Returns what the native quantiser knows a layer by."""
+    """Returns what native ops know a layer by."""
     path = layer.path or layer.name
     known, site = _sites.get(layer, ("", ""))
     if known != path:
@@ -28,11 +29,21 @@ def site_of(layer: keras.layers.Layer) -> str:
     return site
 
 
+def paths_of(site: str) -> list[str]:
+    """Returns the paths of the layers that a native op's site names: those that share an operand.
+
+    What a SavedModel of another process brings is nobody's.
+    """
+    return [_paths[name] for name in site.split(",") if name in _paths]
+
+
 def _tell(site: str, share: float, nonzero: int) -> None:
     """Warns, once for each layer, that much of an operand became zero."""
-    path = _paths.pop(site, None)
-    if path is None:
+    first = site.partition(",")[0]
+    if first in _told or first not in _paths:
         return
+    _told.add(first)
+    path = _paths[first]
     warnings.warn(
         f"keras_dfp: layer '{path}' loses much of an input: of {nonzero} nonzero values that "
         f"share an exponent, {int(share * nonzero)} are so much smaller than the largest that they "

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dfp import auditing, internals, ops
+from keras_dfp import auditing, comparing, internals, ops
 from keras_dfp.backend import recording
 from keras_dfp.backend.calling import ATTENTION, Decision, calling_layer, decide, in_scope
 from keras_dfp.backend.losses import site_of
@@ -90,19 +90,24 @@ def _route(name: str, split, original):
             # What attention multiplies its values by is meant to be near zero where it is.
             watched = (1,) if isinstance(layer, ATTENTION) else (0, 1)
 
-            def on_integers(*operands):
-                with ops.format_scope(decision.format), ops.site_scope(site_of(layer), watched):
+            def on_integers(*operands, site=None):
+                site = site_of(layer) if site is None else site
+                with ops.format_scope(decision.format), ops.site_scope(site, watched):
                     return again(ours, operands)
-
-            audit = auditing.current()
-            if audit is None or not tf.executing_eagerly():
-                return on_integers(*operands)
 
             def stock(*operands):
                 with _stock():
                     return again(original, operands)
 
-            return audit.product(layer, name, decision.format, operands, on_integers, stock)
+            audit, comparison = auditing.current(), comparing.current()
+            if audit is not None and tf.executing_eagerly():
+                return audit.product(layer, name, decision.format, operands, on_integers, stock)
+            y = on_integers(*operands)
+            if comparison is None or not comparison.wants(layer):
+                return y
+            # What is computed to compare is no part of the layer's statistics.
+            nameless = functools.partial(on_integers, site="")
+            return comparison.watch(layer, operands, nameless, stock, y)
 
     return dispatch
 

@@ -256,8 +256,10 @@ cdef struct Attrs:
     bint bias                       # is there one, after the operands?
     Rounding rounding               # of DfpQuantize
     int64_t seed, tensor_id, group_axes, n_counts
-    char site[200]
-    int told                        # has its loss been told?
+    char site[200]                  # whose numbers these are, or empty
+    int kind                        # of them, see statistics.pxi
+    bint watched                    # is a loss to be told?
+    int told                        # has it been?
     bint transpose_a, transpose_b   # of DfpMatmul
     int rank                        # of the convolutions: spatial dimensions
     int64_t stride[3]

@@ -294,6 +294,7 @@ cdef void clear_images(const Conv* v, Pass which, float* out, int64_t n) noexcep
 
 cdef void conv_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     cdef Attrs* t = <Attrs*>attrs
+    cdef int64_t start
     cdef Call c
     cdef Conv v
     cdef Shape x
@@ -304,6 +305,7 @@ cdef void conv_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     cdef Operand ex, ew
     cdef float* out
     open_call(&c, "DfpConv", context)
+    start = time_if_looking(t)
     qx = <int16_t*>get_input(&c, 0, "x", &x)
     qw = <int16_t*>get_input(&c, 3, "w", &w)
     conv_geometry(&c, t, &x, &w, &y, &v)
@@ -313,11 +315,13 @@ cdef void conv_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
         v.bias = <const float*>sized_input(&c, 6, "bias", v.filters)
     out = <float*>set_output(&c, 0, TF_FLOAT, y.dim, y.rank) if ok(&c) else NULL
     run_conv(&c, t, &v, FORWARD, qx, &ex, qw, &ew, out, elements(y.dim, y.rank) if ok(&c) else 0)
+    add_time(t, start)
     close_call(&c)
 
 
 cdef void conv_input_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     cdef Attrs* t = <Attrs*>attrs
+    cdef int64_t start
     cdef Call c
     cdef Conv v
     cdef Shape x
@@ -329,6 +333,7 @@ cdef void conv_input_compute(void* attrs, TF_OpKernelContext* context) noexcept 
     cdef Operand ew, edy
     cdef float* out
     open_call(&c, "DfpConvBackpropInput", context)
+    start = time_if_looking(t)
     sizes_input(&c, 0, "input_sizes", &x)
     qw = <int16_t*>get_input(&c, 1, "w", &w)
     qdy = <int16_t*>get_input(&c, 4, "dy", &dy)
@@ -339,11 +344,13 @@ cdef void conv_input_compute(void* attrs, TF_OpKernelContext* context) noexcept 
     out = <float*>set_output(&c, 0, TF_FLOAT, x.dim, x.rank) if ok(&c) else NULL
     run_conv(&c, t, &v, INPUT_GRADIENT, qdy, &edy, qw, &ew, out,
              elements(x.dim, x.rank) if ok(&c) else 0)
+    add_time(t, start)
     close_call(&c)
 
 
 cdef void conv_filter_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     cdef Attrs* t = <Attrs*>attrs
+    cdef int64_t start
     cdef Call c
     cdef Conv v
     cdef Shape x
@@ -355,6 +362,7 @@ cdef void conv_filter_compute(void* attrs, TF_OpKernelContext* context) noexcept
     cdef Operand ex, edy
     cdef float* out
     open_call(&c, "DfpConvBackpropFilter", context)
+    start = time_if_looking(t)
     qx = <int16_t*>get_input(&c, 0, "x", &x)
     sizes_input(&c, 3, "filter_sizes", &w)
     qdy = <int16_t*>get_input(&c, 4, "dy", &dy)
@@ -365,4 +373,5 @@ cdef void conv_filter_compute(void* attrs, TF_OpKernelContext* context) noexcept
     out = <float*>set_output(&c, 0, TF_FLOAT, w.dim, w.rank) if ok(&c) else NULL
     run_conv(&c, t, &v, WEIGHT_GRADIENT, qx, &ex, qdy, &edy, out,
              elements(w.dim, w.rank) if ok(&c) else 0)
+    add_time(t, start)
     close_call(&c)

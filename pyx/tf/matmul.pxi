@@ -11,7 +11,8 @@ cdef extern from *:
     """
     #define DFP_MATMUL_ATTRS  \\
         "a_bits: int >= 8 = 14; b_bits: int >= 8 = 14; dy_bits: int >= 8 = 14; "  \\
-        "transpose_a: bool = false; transpose_b: bool = false; " DFP_PRODUCT_ATTRS
+        "transpose_a: bool = false; transpose_b: bool = false; swapped: bool = false; "  \\
+        DFP_PRODUCT_ATTRS
     #define DFP_MATMUL_SIGNATURE  \\
         DFP_OPERAND("a") "; " DFP_OPERAND("b") " -> y: float | " DFP_MATMUL_ATTRS
     #define DFP_MATMUL_BIAS_SIGNATURE  \\
@@ -56,6 +57,7 @@ cdef void* matmul_bias_create(TF_OpKernelConstruction* k) noexcept nogil:
 
 cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     cdef Attrs* t = <Attrs*>attrs
+    cdef int64_t start
     cdef Call c
     cdef Gemm g
     cdef Shape a
@@ -68,6 +70,7 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
     cdef char* room = NULL
     memset(&g, 0, sizeof(g))
     open_call(&c, "DfpMatmul", context)
+    start = time_if_looking(t)
     g.a.data = <int16_t*>get_input(&c, 0, "a", &a)
     g.b.data = <int16_t*>get_input(&c, 3, "b", &b)
     if ok(&c) and (a.rank < 2 or a.rank != b.rank):
@@ -107,6 +110,7 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
             scratch = get_scratch(&c, scratch_bytes(&g))
             if ok(&c):
                 gemm_run(&g, scratch)
+    add_time(t, start)
     close_call(&c)
 
 

@@ -300,7 +300,7 @@ cdef void write_computed(Call* c, NormalizeAttrs* a, const Shape* shape, Quantiz
     if bounds != NULL and z.n:
         exponents_of_bounds(z, bounds, shape.dim[shape.rank - 1])
         z.trusted = True
-    quantize_and_tell(t, z)
+    quantize_and_tell(t, z, shape)
 
 
 cdef void normalize_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:

@@ -12,11 +12,15 @@ cdef extern from *:
         "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'; "  \\
         "input_gradient: {'dfp', 'float32'} = 'dfp'; "  \\
         "weight_gradient: {'dfp', 'float32'} = 'dfp'; "  \\
-        "exponents: {'sample', 'tensor'} = 'sample'; fused: bool = true"
+        "exponents: {'sample', 'tensor'} = 'sample'; fused: bool = true; "  \\
+        "site: string = ''; "  \\
+        "product: {'forward', 'input_gradient', 'weight_gradient'} = 'forward'"
     #define DFP_QUANTIZE_ATTRS  \\
         "mantissa_bits: int >= 8 = 14; "  \\
         "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'; "  \\
-        "seed: int = 0; tensor_id: int = 0; group_axes: int >= 0 = 0; site: string = ''"
+        "seed: int = 0; tensor_id: int = 0; group_axes: int >= 0 = 0; "  \\
+        "site: string = ''; role: {'activation', 'weight', 'gradient'} = 'activation'; "  \\
+        "watched: bool = true"
     """
 
 ctypedef void (*add_fn)(TF_OpDefinitionBuilder*, const char*) noexcept nogil
@@ -101,6 +105,7 @@ cdef void product_attrs(TF_OpKernelConstruction* k, Attrs* a, const char* a_bits
     a.a_bits = int_attr(k, a_bits, st)
     a.b_bits = int_attr(k, b_bits, st)
     a.spill = first_letter(k, "accumulation", st) == c"s"
+    product_site_attrs(k, a, st)
     check_bits(a.a_bits, a_bits, st)
     check_bits(a.b_bits, b_bits, st)
 

@@ -34,7 +34,8 @@ cdef void quantize_attrs(TF_OpKernelConstruction* k, Attrs* a, TF_Status* st) no
     a.seed = int_attr(k, "seed", st)
     a.tensor_id = int_attr(k, "tensor_id", st)
     a.group_axes = int_attr(k, "group_axes", st)
-    text_attr(k, "site", a.site, sizeof(a.site), st)
+    site_attrs(k, a, st)
+    a.watched = bool_attr(k, "watched", st)
     rounding = first_letter(k, "rounding", st)
     a.rounding = STOCHASTIC if rounding == c"s" else TRUNCATE if rounding == c"t" else NEAREST
     check_bits(a.a_bits, "mantissa_bits", st)
@@ -63,11 +64,12 @@ cdef void find_groups(Call* c, const Attrs* a, const Shape* shape, Quantize* z) 
         z.n = elements(shape.dim + a.group_axes, shape.rank - <int>a.group_axes)
 
 
-cdef void quantize_and_tell(Attrs* a, Quantize* z) noexcept nogil:
-    """Quantises, and tells once if much is lost."""
+cdef void quantize_and_tell(Attrs* a, Quantize* z, const Shape* shape) noexcept nogil:
+    """Quantises, tells once if much is lost, and more to those who look."""
     quantize(z)
     if z.watching and much_is_lost(z.worst):
         a.told = tell_loss(a.site, z.worst)
+    look(a, z, shape)
 
 
 cdef void quantize_call(Call* c, const Attrs* a, Quantize* z, const Shape* shape, int output,
@@ -80,7 +82,7 @@ cdef void quantize_call(Call* c, const Attrs* a, Quantize* z, const Shape* shape
         z.step = (<const uint64_t*>step)[0] if step != NULL else 0
         z.q = <int16_t*>set_output(c, output, TF_INT16, shape.dim, shape.rank)
         z.e = <int32_t*>set_output(c, output + 1, TF_INT32, shape.dim, <int>a.group_axes)
-    z.counting, z.watching = a.n_counts, a.site[0] and not a.told
+    z.counting, z.watching = a.n_counts, a.site[0] and a.watched and not a.told
     z.by_pieces = ok(c) and in_pieces(z)
     if z.by_pieces and (z.counting or z.watching):
         z.group_counts = <int64_t*>get_scratch(c, z.groups * 3 * sizeof(int64_t))
@@ -125,7 +127,7 @@ cdef void quantize_compute(void* attrs, TF_OpKernelContext* context) noexcept no
     if ok(&c) and a.n_counts:
         counts = <int64_t*>set_output(&c, 2, TF_INT64, &three, 1)
     if ok(&c):
-        quantize_and_tell(a, &z)
+        quantize_and_tell(a, &z, &shape)
         if counts != NULL:
             memcpy(counts, z.counts, sizeof(z.counts))
     close_call(&c)
