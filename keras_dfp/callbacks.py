@@ -74,13 +74,11 @@ class DFPStatistics(keras.callbacks.Callback):
         return self._statistics.latest
 
     def on_train_begin(self, logs=None):
-        self._batches, self._first = 0, self._step()
+        self._batches = 0
+        self._statistics.start(self._step())
         if self._statistics.comparison is not None:
             # What was traced before does not compare.
-            self._statistics.start(self._first)
             self.model.make_train_function(force=True)
-        else:
-            self._statistics.start(self._first)
 
     def on_train_batch_begin(self, batch, logs=None):
         self._statistics.before(self._step(), getattr(self.model, "steps_per_execution", None) or 1)
@@ -111,7 +109,10 @@ class DFPStatistics(keras.callbacks.Callback):
 
     def _step(self) -> int:
         optimizer = getattr(self.model, "optimizer", None)
-        return self._batches if optimizer is None else int(optimizer.iterations)
+        if optimizer is None:
+            return self._batches
+        # That of replicas is no number, but can be converted.
+        return int(keras.ops.convert_to_numpy(optimizer.iterations))
 
     def _stop(self) -> None:
         self._statistics.stop()

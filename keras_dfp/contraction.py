@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from keras_dfp.native import Matmul
 from keras_dfp.number import DFPFormat
-from keras_dfp.operand import Size, reshape
+from keras_dfp.operand import Size, is_weight, reshape
 from keras_dfp.product import (
     View,
     attributes,
@@ -197,12 +197,15 @@ def contract(
     if all(isinstance(n, int) for n in a.x.shape.as_list() + b.x.shape.as_list()):
         shapes = f"{a.name} of shape {tuple(a.x.shape)} and {b.name} of shape {tuple(b.x.shape)}"
         check_size(op, [size(label) for label in result], shapes)
+    # What is multiplied in place of a weight is the second of two activations, as they were given.
+    weights = [is_weight(side.x) for side in (a, b)]
     attrs = attributes(
         fmt,
         "a_bits",
         "b_bits",
         "dy_bits",
         swapped=swapped,
+        weight_first=weights[0] if weights[0] != weights[1] else swapped,
         transpose_a=transpose_a,
         transpose_b=transpose_b,
     )

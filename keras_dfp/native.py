@@ -239,13 +239,18 @@ class ProductOp:
         attrs: The attributes of the TensorFlow op.
     """
 
-    # What the gradient of each factor is; `attrs` say in what arithmetic it is computed.
+    # Which entries of `attrs` say in what arithmetic the gradient of each factor is computed.
     modes = ("input_gradient", "weight_gradient")
     # Which entry of `attrs` says how many bits the gradient of the result gets.
     output_bits: str
 
     def __init__(self, attrs: dict):
         self.attrs = attrs
+
+    @property
+    def gradient_names(self) -> tuple[str, str]:
+        """What statistics call the gradient of each factor."""
+        return self.modes
 
     def dfp(self, first: Operand, second: Operand) -> tf.Tensor:
         """Returns the product of two operands, computed on their integers."""
@@ -275,13 +280,13 @@ class ProductOp:
             dy, attrs[self.output_bits], attrs["rounding"], groups, attrs["fused"], site
         )
         results: list[tf.Tensor | None] = []
-        for (product, a, b), mode, want in zip(
-            self._backward(first, second, dy), self.modes, wanted, strict=True
+        for (product, a, b), mode, name, want in zip(
+            self._backward(first, second, dy), self.modes, self.gradient_names, wanted, strict=True
         ):
             if not want:
                 results.append(None)
             elif self.attrs[mode] == "dfp":
-                product.attrs = {**product.attrs, "site": site, "product": mode}
+                product.attrs = {**product.attrs, "site": site, "product": name}
                 results.append(product.dfp(a.operand, b.operand))
             else:
                 results.append(product.float32(a.float32, b.float32))
@@ -326,13 +331,12 @@ _SHARED = (
 class Matmul(ProductOp):
     """`a @ b`, either of them transposed; shapes [..., M, K] and [..., K, N], no broadcasting."""
 
-    names = ("a_bits", "b_bits", "dy_bits", "transpose_a", "transpose_b", "swapped", *_SHARED)
+    names = ("a_bits", "b_bits", "dy_bits", "transpose_a", "transpose_b", "weight_first", *_SHARED)
     output_bits = "dy_bits"
 
     @property
-    def modes(self):
-        modes = Product.modes
-        return modes[::-1] if self.attrs["swapped"] else modes
+    def gradient_names(self):
+        return self.modes[::-1] if self.attrs["weight_first"] else self.modes
 
     def dfp(self, first, second):
         y = lib.dfp_matmul(*first, *second, **self.attrs)

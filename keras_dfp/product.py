@@ -124,8 +124,9 @@ def has_groups(fmt: DFPFormat, x) -> bool:
     return fmt.exponents == "sample" and not is_weight(x)
 
 
-def attributes(fmt: DFPFormat, *bits: str, **others) -> dict:
+def attributes(fmt: DFPFormat, *bits: str, swapped: bool = False, **others) -> dict:
     """Returns the attributes of a native op that computes in a format."""
+    modes = ("weight_gradient", "input_gradient") if swapped else ProductOp.modes
     return {
         **dict.fromkeys(bits, fmt.mantissa_bits),
         "accumulation": fmt.accumulation,
@@ -134,7 +135,10 @@ def attributes(fmt: DFPFormat, *bits: str, **others) -> dict:
         "fused": fmt.fused,
         "site": current_site(),
         "product": "forward",
-        **{mode: "dfp" if mode in fmt.products else "float32" for mode in ProductOp.modes},
+        **{
+            mode: "dfp" if product in fmt.products else "float32"
+            for mode, product in zip(modes, ProductOp.modes, strict=True)
+        },
         **others,
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import importlib.util
 import io
 import math
 import os
@@ -21,7 +22,7 @@ import tensorflow as tf
 
 from keras_dfp import comparing
 from keras_dfp.backend.calling import matches
-from keras_dfp.backend.losses import paths_of
+from keras_dfp.backend.losses import paths_in_order, paths_of
 from keras_dfp.files import shown, written_whole
 from keras_dfp.native import extension
 
@@ -29,6 +30,8 @@ TABLE = "statistics.csv"
 COLUMNS = ("step", "layer", "tensor", "quantity", "value")
 # By what the native ops call them.
 TENSORS = ("activation", "weight", "gradient")
+# And those that rows may be about, in their order.
+_TENSORS = (*TENSORS, comparing.OUTPUT)
 # Of the forward product, the input gradient and the weight gradient: the tensor that rows name.
 _TIMES = (("activation", "forward_ms"), ("gradient", "input_gradient_ms"),
           ("weight", "weight_gradient_ms"))  # fmt: skip
@@ -52,7 +55,8 @@ class NonFinite:
 
     Attributes:
         layer: The path of the layer.
-        tensor: `"activation"`, `"weight"` or `"gradient"` (that of the layer's output).
+        tensor: `"activation"`, `"weight"` or `"gradient"` (that of the layer's output); of a loss
+            that no layer on integers has seen, `"loss"`.
         step: The step of training, counted from 1.
         sample: The index along the tensor's first axis; of a weight 0. The samples of a batch, or
             what a dense layer makes of them: samples times positions.
@@ -66,6 +70,8 @@ class NonFinite:
     samples: int
 
     def __str__(self) -> str:
+        if self.tensor == "loss":
+            return f"the loss is NaN or infinity (step {self.step})"
         what = {
             "activation": "an input of its forward pass",
             "weight": "its weight",
@@ -204,10 +210,18 @@ class Statistics:
 
         Raises:
             ValueError: If the file in the way is no such table.
+            ImportError: If TensorBoard, which writes its files, is not installed.
         """
+        if self.folder is not None:
+            self._open(step)
         comparing.start(self.comparison)
-        if self.folder is None:
-            return
+
+    def _open(self, step: int) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ImportError(
+                "Statistics are written by TensorBoard too, which is not installed: pip install "
+                "tensorboard. Or leave out log_dir, and read `latest`."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = read_table(self.folder / TABLE, step) if (self.folder / TABLE).exists() else []
         with written_whole(self.folder / TABLE) as path:
@@ -237,6 +251,10 @@ class Statistics:
         first = extension.take_nonfinite()
         if first is not None and not (self._warned and not self.stop_on_nonfinite):
             self._nonfinite(step, *first)
+
+    def worst(self) -> str:
+        """Returns, in a few words, which tensor of the last step looked at has the most noise."""
+        return "" if self.latest is None else self.latest.worst()
 
     def stop(self) -> None:
         """Ends it, whether or not the last step succeeded."""
@@ -283,7 +301,9 @@ class Statistics:
             self.comparison.on.assign(False)
             for (path, tensor), value in self.comparison.take().items():
                 values[path, tensor, "error"] = value
-        self.latest = Numbers(step, found, dict(values))
+        order = {path: number for number, path in enumerate(paths_in_order())}
+        ordered = sorted(values, key=lambda key: (order[key[0]], _TENSORS.index(key[1]), key[2]))
+        self.latest = Numbers(step, found, {key: values[key] for key in ordered})
         self._write(self.latest)
 
     def _chosen(self, site: str) -> list[str]:
@@ -295,19 +315,33 @@ class Statistics:
     def _write(self, numbers: Numbers) -> None:
         if self.folder is None or self._writer is None:
             return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
         rows = [(numbers.step, *key, _text(value)) for key, value in numbers.values.items()]
         # In one go: a process that is killed tears the last line at most.
         with open(self.folder / TABLE, "a", newline="") as file:
             file.write(_lines(rows))
+        # In one go, too: a summary op for each number would take longer than the step.
+        scalars = [
+            scalar_pb(f"{quantity}/{tensor}/{layer}", value)
+            for (layer, tensor, quantity), value in numbers.values.items()
+            if math.isfinite(value)
+        ]
+        histograms = [
+            histogram_pb(f"exponents/{tensor}/{layer}", np.repeat(*_columns(operand.exponents)))
+            for (layer, tensor), operand in numbers.operands.items()
+            if operand.exponents
+        ]
+        summary = Summary(value=[value for each in scalars + histograms for value in each.value])
         with self._writer.as_default(numbers.step):
-            for (layer, tensor, quantity), value in numbers.values.items():
-                if math.isfinite(value):
-                    tf.summary.scalar(f"{quantity}/{tensor}/{layer}", value)
-            for (layer, tensor), operand in numbers.operands.items():
-                if operand.exponents:
-                    values, counts = zip(*operand.exponents.items(), strict=True)
-                    tf.summary.histogram(f"exponents/{tensor}/{layer}", np.repeat(values, counts))
+            tf.summary.experimental.write_raw_pb(summary.SerializeToString())
         self._writer.flush()
+
+
+def _columns(counts: collections.Counter[int]) -> tuple[list[int], list[int]]:
+    return list(counts), list(counts.values())
 
 
 def read_table(path: Path, last: int | None = None) -> list[tuple[int, str, str, str, str]]:

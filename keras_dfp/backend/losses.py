@@ -37,6 +37,11 @@ def paths_of(site: str) -> list[str]:
     return [_paths[name] for name in site.split(",") if name in _paths]
 
 
+def paths_in_order() -> list[str]:
+    """Returns the paths of all layers that have a site, in the order in which they multiplied."""
+    return list(dict.fromkeys(_paths.values()))
+
+
 def _tell(site: str, share: float, nonzero: int) -> None:
     """Warns, once for each layer, that much of an operand became zero."""
     first = site.partition(",")[0]

@@ -12,6 +12,7 @@ from keras_dfp.cli.options import (
     POLICY_HELP,
     Number,
     PolicyType,
+    failure,
     make_folder,
     require,
     settings,
@@ -39,6 +40,18 @@ if TYPE_CHECKING:
     help="Go on from the last checkpoint in --output; the other options as before.",
 )
 @click.option(
+    "--statistics",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Look at the numbers of every layer on integers in one of N steps: statistics.csv, and "
+    "statistics/ for TensorBoard.",
+)
+@click.option(
+    "--stop-on-nonfinite",
+    is_flag=True,
+    help="Stop at the first NaN or infinity, say where it is; the checkpoint is from before.",
+)
+@click.option(
     "--gradient-exchange",
     type=click.Choice(EXCHANGES),
     default="float32",
@@ -60,7 +73,13 @@ if TYPE_CHECKING:
     help="How long to wait until all workers have started.",
 )
 def train(
-    output: Path | None, resume: bool, checkpoint_steps: int, worker_timeout: float, **options
+    output: Path | None,
+    resume: bool,
+    checkpoint_steps: int,
+    statistics: int | None,
+    stop_on_nonfinite: bool,
+    worker_timeout: float,
+    **options,
 ) -> None:
     """Train NETWORK by its recipe.
 
@@ -86,16 +105,31 @@ def train(
     # Here and not above, because it needs those packages.
     from keras_dfp.training.workers import joined
 
+    how = checkpoint_steps, statistics, stop_on_nonfinite
     with joined(worker_timeout) as workers:
-        _train(workers, output, resume, checkpoint_steps, **options)
+        _train(workers, output, resume, *how, **options)
 
 
 def _train(
-    workers: Workers, output: Path | None, resume: bool, checkpoint_steps: int, **options
+    workers: Workers,
+    output: Path | None,
+    resume: bool,
+    checkpoint_steps: int,
+    statistics: int | None,
+    stop_on_nonfinite: bool,
+    **options,
 ) -> None:
+    from keras_dfp.policy import DFPPolicy
+    from keras_dfp.statistics import NonFiniteError
+    from keras_dfp.training import checkpoint
+    from keras_dfp.training.policies import policy
     from keras_dfp.training.run import Run
 
     this = settings(**options)
+    if statistics is not None and not isinstance(policy(this.policy), DFPPolicy):
+        raise click.UsageError(
+            f"--statistics looks at layers on integers; under {this.policy} there are none."
+        )
     output = output or Path("runs") / f"{this.network}-{this.policy.replace(':', '-')}"
     say = click.secho if workers.is_chief else lambda *_, **__: None
     if workers.is_chief and (output / "run.json").exists() and not resume:
@@ -122,7 +156,13 @@ def _train(
     if this.weights is not None and run.new_classifier:
         say(f"Its classifier is new: the weights of {shown(this.weights)} are for other classes.")
     try:
-        run.train(checkpoint_steps)
+        run.train(checkpoint_steps, statistics, stop_on_nonfinite)
+    except NonFiniteError as error:
+        step = checkpoint.load(output / "checkpoint.npz")["step"]
+        raise failure(
+            f"Stopped: {error}. The checkpoint is of step {step}, from before; --resume goes on "
+            "from there. Try a lower --lr."
+        ) from error
     except KeyboardInterrupt:
         say(f"\nStopped after step {run.progress.step}; --resume goes on.", err=True)
         raise

@@ -79,14 +79,15 @@ class Log:
             self.writer = tf.summary.create_file_writer(str(folder / "tensorboard"))
             self.writer.flush()
 
-    def step(self, step: int, images: int, loss: float, rate: float) -> None:
-        """Notes a step of training on some images."""
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+    def step(self, step: int, images: int, loss: float, rate: float, worst: str = "") -> None:
+        """Notes a step of training on some images; `worst` says which layer is doing worst."""
+        text = f"loss {loss:.4f}, {worst}" if worst else f"loss {loss:.4f}"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(images)
         self.pace.update(images)
         if self.bar.disable and time.monotonic() - self._said > QUIET:
             self._said = time.monotonic()
-            print(f"step {step}: loss {loss:.4f}, {self.pace}", flush=True)
+            print(f"step {step}: {text}, {self.pace}", flush=True)
         if step % INTERVAL == 0:
             self._summaries(step, {"loss": loss, "learning_rate": rate})
 

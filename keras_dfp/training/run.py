@@ -6,6 +6,8 @@ A run lives in a folder:
     checkpoint.npz    how far it has come; everything it needs to go on
     log.csv           a line for each epoch
     tensorboard/      loss and learning rate over the steps, results over the epochs
+    statistics.csv    the numbers of the layers in every so many steps, if they are asked for,
+    statistics/       and for TensorBoard
     model.keras       the trained model, once it is finished
 """
 
@@ -31,6 +33,7 @@ from keras_dfp import tables, zoo
 from keras_dfp.files import locked, read_json, shown, written_whole
 from keras_dfp.info import peak_memory
 from keras_dfp.recipe import Plateau
+from keras_dfp.statistics import NonFinite, NonFiniteError, Statistics
 from keras_dfp.training import checkpoint, network
 from keras_dfp.training.errors import DataError, RunError
 from keras_dfp.training.log import Log, Row, Silence, check_rows, write_csv
@@ -187,6 +190,7 @@ class Run:
         )
         self._test_step = network.test_step(self.model)
         self.progress = Progress()
+        self._statistics: Statistics | None = None
         if workers.is_chief:
             self._open(resume, facts)
         self._load()
@@ -199,13 +203,23 @@ class Run:
             progress.step == self.steps and not self._epoch_is_open
         )
 
-    def train(self, checkpoint_steps: int = 100) -> None:
+    def train(
+        self,
+        checkpoint_steps: int = 100,
+        statistics: int | None = None,
+        stop_on_nonfinite: bool = False,
+    ) -> None:
         """Trains to the end, or until the loss is no longer a number.
 
         Args:
             checkpoint_steps: Steps between checkpoints; there is one after every epoch, too.
+            statistics: Steps of which one is looked at, see `keras_dfp.statistics`; None for none.
+            stop_on_nonfinite: Whether to stop in the first step with a tensor, a weight or a loss
+                that is not finite. The checkpoint is then the last from before: one is written
+                at the start, and none with a weight that is not finite.
 
         Raises:
+            NonFiniteError: If it stopped on a tensor that is not finite.
             KeyboardInterrupt: After Ctrl-C, when the step is done and a checkpoint is written. A
                 second Ctrl-C does not wait.
             DataError: If an image cannot be read and is not to be skipped.
@@ -220,7 +234,7 @@ class Run:
             # Perhaps another process has come further in the meantime.
             self._load()
             if not self.finished:
-                self._train(checkpoint_steps)
+                self._train(checkpoint_steps, statistics, stop_on_nonfinite)
             # Also when the run was killed just before.
             target = self.folder / "model.keras"
             if chief and self.progress.diverged is None and not target.exists():
@@ -229,16 +243,30 @@ class Run:
             # Nobody leaves before all is written.
             self.workers.gathered(b"")
 
-    def _train(self, checkpoint_steps: int) -> None:
+    def _train(self, checkpoint_steps: int, every: int | None, stop_on_nonfinite: bool) -> None:
         size = self.settings.batch_size
+        chief = self.workers.is_chief
         log: Log | Silence = Silence()
-        if self.workers.is_chief:
+        if chief:
             log = Log(self.folder, self.epochs, self.steps * size, self.progress.step * size)
-        with _deferred_interrupt() as interrupted, contextlib.closing(log):
+        with contextlib.ExitStack() as stack:
+            interrupted = stack.enter_context(_deferred_interrupt())
+            stack.enter_context(contextlib.closing(log))
+            if (every is not None and chief) or stop_on_nonfinite:
+                self._statistics = Statistics(
+                    every if chief else None,
+                    self.folder if every and chief else None,
+                    stop_on_nonfinite=stop_on_nonfinite,
+                )
+                stack.callback(self._statistics.stop)
+                self._statistics.start(self.progress.step)
+            if stop_on_nonfinite and not self._checkpoint.exists():
+                self.save()
             try:
                 while not self.finished:
                     for rate in self._steps_of_epoch(interrupted):
-                        log.step(self.progress.step, size, self.progress.losses[-1], rate)
+                        worst = self._statistics.worst() if self._statistics else ""
+                        log.step(self.progress.step, size, self.progress.losses[-1], rate, worst)
                         if self._stop:
                             raise Stopped
                         if self.progress.step % checkpoint_steps == 0:
@@ -260,11 +288,17 @@ class Run:
         if not self.workers.is_chief:
             return
         self.progress.bad = [sorted(part.bad) for part in (self.training, self.test)]
-        checkpoint.save(
-            self._checkpoint,
-            [*self.model.variables, *self.optimizer.variables],
-            dataclasses.asdict(self.progress),
-        )
+        variables = [*self.model.variables, *self.optimizer.variables]
+        if self._stops_on_nonfinite:
+            for variable in variables:
+                if not np.isfinite(variable.numpy()).all():
+                    what = NonFinite(variable.path, "weight", self.progress.step, 0, 1)
+                    raise NonFiniteError(what)
+        checkpoint.save(self._checkpoint, variables, dataclasses.asdict(self.progress))
+
+    @property
+    def _stops_on_nonfinite(self) -> bool:
+        return self._statistics is not None and self._statistics.stop_on_nonfinite
 
     @property
     def _checkpoint(self) -> Path:
@@ -352,9 +386,15 @@ class Run:
                 self.settings.recipe, progress.step / self.steps, progress.plateaus.reductions
             )
             self.optimizer.learning_rate = rate
+            if self._statistics is not None:
+                self._statistics.before(progress.step)
             note = tf.constant(float(bool(interrupted)))
             *sums, notes = self._train_step(images, labels, note).numpy().tolist()
             self._stop = bool(notes if self.workers.count > 1 else interrupted)
+            if self._statistics is not None:
+                self._statistics.after(progress.step + 1)
+            if self._stops_on_nonfinite and not np.isfinite(sums[0]):
+                raise NonFiniteError(NonFinite("", "loss", progress.step + 1, 0, 1))
             seconds, start = time.perf_counter() - start, time.perf_counter()
             progress.sums = [a + b for a, b in zip(progress.sums, (*sums, seconds), strict=True)]
             progress.losses.append(sums[0] / sums[3])

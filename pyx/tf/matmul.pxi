@@ -11,7 +11,7 @@ cdef extern from *:
     """
     #define DFP_MATMUL_ATTRS  \\
         "a_bits: int >= 8 = 14; b_bits: int >= 8 = 14; dy_bits: int >= 8 = 14; "  \\
-        "transpose_a: bool = false; transpose_b: bool = false; swapped: bool = false; "  \\
+        "transpose_a: bool = false; transpose_b: bool = false; weight_first: bool = false; "  \\
         DFP_PRODUCT_ATTRS
     #define DFP_MATMUL_SIGNATURE  \\
         DFP_OPERAND("a") "; " DFP_OPERAND("b") " -> y: float | " DFP_MATMUL_ATTRS
