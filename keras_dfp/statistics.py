@@ -212,11 +212,8 @@ class Statistics:
             ValueError: If the file in the way is no such table.
             ImportError: If TensorBoard, which writes its files, is not installed.
         """
-        if self.folder is not None:
-            self._open(step)
-        comparing.start(self.comparison)
-
-    def _open(self, step: int) -> None:
+        if self.folder is None:
+            return
         if importlib.util.find_spec("tensorboard") is None:
             raise ImportError(
                 "Statistics are written by TensorBoard too, which is not installed: pip install "
@@ -236,6 +233,7 @@ class Statistics:
             extension.take_numbers()
             if self.comparison is not None:
                 self.comparison.on.assign(True)
+        comparing.start(self.comparison)
         extension.take_nonfinite()
         extension.look_at_numbers(self._closely, True)
 
@@ -246,6 +244,7 @@ class Statistics:
             NonFiniteError: If a tensor was not finite and that is to stop the training.
         """
         extension.look_at_numbers(False, False)
+        comparing.start(None)
         if self._closely:
             self._take(step)
         first = extension.take_nonfinite()
@@ -259,8 +258,8 @@ class Statistics:
     def stop(self) -> None:
         """Ends it, whether or not the last step succeeded."""
         extension.look_at_numbers(False, False)
+        comparing.start(None)
         if self.comparison is not None:
-            comparing.start(None)
             self.comparison.on.assign(False)
         if self._writer is not None:
             self._writer.close()

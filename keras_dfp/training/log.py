@@ -129,7 +129,7 @@ class Log:
 class Silence:
     """The log of a worker that is not the chief."""
 
-    def step(self, step: int, images: int, loss: float, rate: float) -> None:
+    def step(self, step: int, images: int, loss: float, rate: float, worst: str = "") -> None:
         """As `Log.step`."""
 
     def epoch(self, history: list[Row]) -> None:

@@ -28,7 +28,15 @@ cdef struct Nonfinite:
     int kind                    # a Kind
     int64_t sample, samples     # along the first axis
 
-cdef int looking                # LOOK_..
+cdef extern from *:
+    """
+    static int dfp_looking;         /* LOOK_.., read by ops on their threads */
+    static inline int dfp_look(void) { return __atomic_load_n(&dfp_looking, __ATOMIC_RELAXED); }
+    static void dfp_set_look(int how) { __atomic_store_n(&dfp_looking, how, __ATOMIC_RELAXED); }
+    """
+    int dfp_look() noexcept nogil
+    void dfp_set_look(int how) noexcept nogil
+
 cdef Entry* entries
 cdef int entry_count
 cdef int64_t entries_dropped    # calls that found no room
@@ -95,16 +103,17 @@ cdef void note_nonfinite(const Attrs* a, Quantize* z, const Shape* shape) noexce
 
 cdef inline void look(const Attrs* a, Quantize* z, const Shape* shape) noexcept nogil:
     """After z has quantised a tensor of a site."""
-    if looking and a.site[0]:
-        if looking & LOOK_FOR_NONFINITE:
+    cdef int how = dfp_look()
+    if how and a.site[0]:
+        if how & LOOK_FOR_NONFINITE:
             note_nonfinite(a, z, shape)
-        if looking & LOOK_CLOSELY:
+        if how & LOOK_CLOSELY:
             add_measures(a, z)
 
 
 cdef inline int64_t time_if_looking(const Attrs* a) noexcept nogil:
     """When a product began, or 0 if nobody wants to know."""
-    return dfp_now() if looking & LOOK_CLOSELY and a.site[0] else 0
+    return dfp_now() if dfp_look() & LOOK_CLOSELY and a.site[0] else 0
 
 
 cdef void add_time(const Attrs* a, int64_t start) noexcept nogil:
@@ -141,8 +150,7 @@ def look_at_numbers(bint closely, bint for_nonfinite):
     """Makes every op with a site add its numbers to what `take_numbers` returns and, with
     `for_nonfinite`, note the first tensor that is not finite for `take_nonfinite`. All threads of
     the process see it."""
-    global looking
-    looking = (LOOK_CLOSELY if closely else 0) | (LOOK_FOR_NONFINITE if for_nonfinite else 0)
+    dfp_set_look((LOOK_CLOSELY if closely else 0) | (LOOK_FOR_NONFINITE if for_nonfinite else 0))
 
 
 def take_numbers():
