@@ -65,7 +65,7 @@ docs: build/dev.stamp  ## Build the documentation's site: build/site/index.html
 	mkdir -p build/pages $(addprefix build/pages/,$(sort $(dir $(NAMED))))
 	for path in README.md CHANGELOG.md CONTRIBUTING.md docs examples $(NAMED); do \
 		ln -s "$(CURDIR)/$$path" build/pages/$$path || exit; done
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 build: build/dev.stamp build/native.stamp  ## Make .venv with all that development needs, build the native core
 

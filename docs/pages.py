@@ -3,6 +3,7 @@
 A hook of MkDocs, and an extension of griffe, which reads the docstrings without importing.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Sessions(griffe.Extension):
             obj.docstring.value = re.sub(r"^Example:$", "**Example**", value, flags=re.M)
 
 
+@functools.cache
 def api() -> dict[str, str]:
     """Returns the API's pages: one for the package, one for each public module."""
     package = griffe.load("keras_dfp", search_paths=["."])

@@ -39,7 +39,7 @@ def transformer() -> keras.Model:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--policy", default="dfp16", help="float32, dfp16 or dfp16_paper")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
     args = parser.parse_args()
 
     keras.utils.set_random_seed(1)
