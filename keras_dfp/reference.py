@@ -1268,7 +1268,10 @@ def local_response_gradient(
     Args:
         x: what was normalised.
         dy: float32 gradient of the result, of the shape of `x`.
-        radius, bias, alpha, quarters: as in `local_response`.
+        radius: as in `local_response`.
+        bias: as in `local_response`.
+        alpha: as in `local_response`.
+        quarters: as in `local_response`.
 
     Returns:
         A float32 array of the shape of `x`.

@@ -14,7 +14,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import tensorflow as tf
 from keras_dfp import comparing
 from keras_dfp.backend.calling import matches
 from keras_dfp.backend.losses import paths_in_order, paths_of
-from keras_dfp.files import shown, written_whole
+from keras_dfp.files import check_file, shown, written_whole
 from keras_dfp.native import extension
 
 TABLE = "statistics.csv"
@@ -220,9 +220,10 @@ class Statistics:
                 "tensorboard. Or leave out log_dir, and read `latest`."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = read_table(self.folder / TABLE, step) if (self.folder / TABLE).exists() else []
-        with written_whole(self.folder / TABLE) as path:
-            path.write_text(_lines([COLUMNS, *rows]))
+        table = self.folder / TABLE
+        rows = [row for row in read_table(table) if row[0] <= step] if table.exists() else []
+        with written_whole(table) as path:
+            path.write_text(_lines([COLUMNS, *rows]), encoding="utf-8")
         self._writer = tf.summary.create_file_writer(str(self.folder / "statistics"))
 
     def before(self, step: int, steps: int = 1) -> None:
@@ -320,7 +321,7 @@ class Statistics:
 
         rows = [(numbers.step, *key, _text(value)) for key, value in numbers.values.items()]
         # In one go: a process that is killed tears the last line at most.
-        with open(self.folder / TABLE, "a", newline="") as file:
+        with open(self.folder / TABLE, "a", newline="", encoding="utf-8") as file:
             file.write(_lines(rows))
         # In one go, too: a summary op for each number would take longer than the step.
         scalars = [
@@ -343,33 +344,41 @@ def _columns(counts: collections.Counter[int]) -> tuple[list[int], list[int]]:
     return list(counts), list(counts.values())
 
 
-def read_table(path: Path, last: int | None = None) -> list[tuple[int, str, str, str, str]]:
-    """Returns the rows of a `statistics.csv`; a last line that was torn is left out.
+def read_table(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
+    """Yields the rows of a `statistics.csv`; a last line that was torn is left out.
 
     Args:
         path: The file.
-        last: Rows of later steps are left out too.
 
     Raises:
         ValueError: If it is no such table.
     """
-    text = path.read_text()
-    header, *rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")) or [()]
-    if tuple(header) != COLUMNS:
+    number = 1
+    try:
+        check_file(path)
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.reader(_whole_lines(file), strict=True)
+            header = next(reader, None)
+            if header is not None and tuple(header) != COLUMNS:
+                raise ValueError(f"its columns must be {','.join(COLUMNS)}; got {','.join(header)}")
+            for row in reader:
+                number = reader.line_num
+                if len(row) != len(COLUMNS):
+                    raise ValueError(f"there must be {len(COLUMNS)} values; got {len(row)}")
+                float(row[4])
+                yield int(row[0]), row[1], row[2], row[3], row[4]
+    except (ValueError, csv.Error) as error:
         raise ValueError(
-            f"{shown(path)} is no table of statistics: its first line must be "
-            f"{','.join(COLUMNS)!r}; received {','.join(header)!r}."
-        )
-    found: list[tuple[int, str, str, str, str]] = []
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(COLUMNS) or not row[0].isdecimal():
-            raise ValueError(
-                f"{shown(path)}: line {number} must have a step and {len(COLUMNS) - 1} more "
-                f"values; received {row!r}."
-            )
-        if last is None or int(row[0]) <= last:
-            found.append((int(row[0]), row[1], row[2], row[3], row[4]))
-    return found
+            f"{shown(path)} is no table of statistics, or spoiled at line {number}: {error}."
+        ) from error
+
+
+def _whole_lines(file: Iterable[str]) -> Iterator[str]:
+    for line in file:
+        # The last line of a run that goes on, or was killed.
+        if not line.endswith("\n"):
+            return
+        yield line
 
 
 def _lines(rows: Iterable[Sequence]) -> str:

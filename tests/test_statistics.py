@@ -346,12 +346,12 @@ def test_what_goes_on_has_no_gap(tmp_path):
         file.write("6,first,weight,lost,0.5\n6,first,weight,snr_")
     fit(model, tmp_path / "killed", 4, 8)
     assert rows_of(table) == rows_of(tmp_path / "whole" / "statistics.csv")
-    assert read_table(table)[-1][0] == 8
+    assert list(read_table(table))[-1][0] == 8
 
 
 @pytest.mark.parametrize(
     "text, what",
-    [("epoch,loss\n1,2\n", "first line"), (",".join(COLUMNS) + "\n1,2\n1,a,b,c,2\n", "line 2")],
+    [("epoch,loss\n1,2\n", "its columns must be"), (",".join(COLUMNS) + "\n1,2\n1,a,b,c,2\n", "line 2")],
 )
 def test_another_file_is_not_overwritten(tmp_path, text, what):
     (tmp_path / "statistics.csv").write_text(text)

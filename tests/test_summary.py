@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import keras_dfp
 from keras_dfp.audit import pattern
 from keras_dfp.cli import main
+from keras_dfp.statistics import COLUMNS
 from keras_dfp.training import log, summary
 from keras_dfp.training.errors import RunError
 
@@ -39,7 +40,7 @@ def table(path, layers=LAYERS, steps=STEPS, **changed):
              "gradient": (-26, -24, -20, 0.02, 0, 52)}  # fmt: skip
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(summary.COLUMNS)
+        writer.writerow(COLUMNS)
         for step in steps:
             for layer in layers:
                 for tensor, values in (usual | changed.get(layer, {})).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import glob
 import itertools
 import warnings
 
@@ -49,13 +50,14 @@ def _tell(site: str, share: float, nonzero: int) -> None:
         return
     _told.add(first)
     path = _paths[first]
+    pattern = glob.escape(path)
     warnings.warn(
         f"keras_dfp: layer '{path}' loses much of an input: of {nonzero} nonzero values that "
         f"share an exponent, {int(share * nonzero)} are so much smaller than the largest that they "
         "became zero. If they matter (an outlier or padding may be what hides them), keep the "
-        f"layer in float32 with exclude=[{path!r}], or give it "
-        f"overrides={{{path!r}: {{'mantissa_bits': 16}}}}. keras_dfp.audit(model, x) measures the "
-        "error.",
+        f"layer in float32 with exclude=[{pattern!r}], or give it "
+        f"overrides={{{pattern!r}: {{'mantissa_bits': 16}}}}. keras_dfp.audit(model, x) measures "
+        "the error.",
         stacklevel=2,
     )
 

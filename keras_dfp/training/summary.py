@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
@@ -30,9 +29,10 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from keras_dfp.audit import NOTABLE, advice, pattern, remedy
-from keras_dfp.files import check_file, shown, written_whole
+from keras_dfp.files import shown, written_whole
 from keras_dfp.number import DFPFormat
 from keras_dfp.policy import DFPPolicy
+from keras_dfp.statistics import TABLE, TENSORS, read_table
 from keras_dfp.training import run as runs_
 from keras_dfp.training.comparison import curve
 from keras_dfp.training.errors import RunError
@@ -41,8 +41,6 @@ from keras_dfp.training.policies import policy
 from keras_dfp.training.run import Facts, Progress
 from keras_dfp.version import __version__
 
-COLUMNS = ["step", "layer", "tensor", "quantity", "value"]
-TENSORS = ("activation", "weight", "gradient")
 # What the comparison of a layer with float32 says of which tensor's rows.
 ERRORS = {"output": "output", "activation": "input gradient", "weight": "weight gradient"}
 PRODUCTS = {
@@ -326,7 +324,7 @@ def _read(number: int, name: str, folder: Path) -> Told:
         facts = runs_.read(folder)
         progress = runs_.read_progress(folder)
     if (folder / "statistics.csv").exists():
-        statistics = read_statistics(folder / "statistics.csv")
+        statistics = read_statistics(folder / TABLE)
     return Told(number, name, folder, facts, progress, statistics)
 
 
@@ -340,23 +338,12 @@ def read_statistics(path: Path) -> Statistics | None:
     """
     layers: dict[str, None] = {}
     values: dict[tuple[str, str, str], dict[int, float]] = {}
-    number = 1
     try:
-        check_file(path)
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.reader(_whole_lines(file), strict=True)
-            header = next(reader, None)
-            if header not in (None, COLUMNS):
-                raise ValueError(f"its columns must be {','.join(COLUMNS)}; got {','.join(header)}")
-            for row in reader:
-                number = reader.line_num
-                if len(row) != len(COLUMNS):
-                    raise ValueError(f"there must be {len(COLUMNS)} values; got {len(row)}")
-                step, layer, tensor, quantity, value = row
-                layers.setdefault(layer)
-                values.setdefault((layer, tensor, quantity), {})[int(step)] = float(value)
-    except (ValueError, csv.Error) as error:
-        raise RunError(f"{shown(path)} is spoiled at line {number}: {error}.") from error
+        for step, layer, tensor, quantity, value in read_table(path):
+            layers.setdefault(layer)
+            values.setdefault((layer, tensor, quantity), {})[step] = float(value)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     if not values:
         return None
     series = {}
@@ -365,14 +352,6 @@ def read_statistics(path: Path) -> Statistics | None:
         series[key] = steps, np.array([each[step] for step in steps.tolist()])
     every = np.unique(np.concatenate([steps for steps, _ in series.values()]))
     return Statistics(list(layers), every, series)
-
-
-def _whole_lines(file: io.TextIOBase) -> Iterator[str]:
-    for line in file:
-        # The last line of a run that goes on, or was killed.
-        if not line.endswith("\n"):
-            return
-        yield line
 
 
 def _worst(statistics: Statistics, fmt: DFPFormat) -> list[Worst]:
