@@ -241,7 +241,7 @@ class Run:
                 with written_whole(target) as path:
                     network.deployable(self.model, self.settings).save(path)
             # Nobody leaves before all is written.
-            self.workers.gathered(b"")
+            self.workers.leave()
 
     def _train(self, checkpoint_steps: int, every: int | None, stop_on_nonfinite: bool) -> None:
         size = self.settings.batch_size
@@ -281,6 +281,7 @@ class Run:
                 raise
             except Stopped:
                 self.save()
+                self.workers.leave()
                 raise KeyboardInterrupt from None
 
     def save(self) -> None:

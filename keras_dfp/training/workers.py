@@ -46,6 +46,8 @@ class Workers:
     strategy: tf.distribute.Strategy
 
     def __post_init__(self) -> None:
+        self.leaves = False
+
         @tf.function(autograph=False, input_signature=[tf.TensorSpec([None], tf.int32)])
         def total(x):
             return self.strategy.run(self._all_reduce, args=(x,))
@@ -94,6 +96,11 @@ class Workers:
     def from_chief(self, content: bytes) -> bytes:
         """Returns what the chief has passed: all must call it."""
         return self.gathered(content if self.is_chief else b"")[0]
+
+    def leave(self) -> None:
+        """Returns when all workers are here to end, by agreement: then nobody tells the others."""
+        self.gathered(b"")
+        self.leaves = True
 
     def check_equal(self, what: str, mine: dict[str, Any]) -> None:
         """Raises RunError unless all workers have the same; all must call it."""
@@ -155,8 +162,9 @@ def joined(timeout: float) -> Iterator[Workers]:
     except tf.errors.OpError as error:
         raise _ended(workers, error) from error
     except BaseException as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        _report(f"{workers.name(index)} has stopped: {message}")
+        if not workers.leaves:
+            message = " ".join(str(error).split()) or type(error).__name__
+            _report(f"{workers.name(index)} has stopped: {message}")
         raise
 
 
