@@ -27,11 +27,10 @@ from keras_dfp import contraction
 from keras_dfp.attention import Seen
 from keras_dfp.convolution import Convolution, channels_last
 from keras_dfp.number import DFPFormat
-from keras_dfp.operand import Operand, loop_step, operand, site_scope, watch_only
+from keras_dfp.operand import watch_only
 from keras_dfp.product import as_float32, sizes
 
 __all__ = [
-    "Operand",
     "conv",
     "conv_transpose",
     "current_format",
@@ -40,11 +39,8 @@ __all__ = [
     "dot_product_attention",
     "einsum",
     "format_scope",
-    "loop_step",
     "matmul",
-    "operand",
     "separable_conv",
-    "site_scope",
     "tensordot",
 ]
 

@@ -16,6 +16,7 @@ from keras_dfp.backend import recording
 from keras_dfp.backend.calling import ATTENTION, Decision, calling_layer, decide, in_scope
 from keras_dfp.backend.losses import site_of
 from keras_dfp.backend.registry import replaces
+from keras_dfp.operand import site_scope
 from keras_dfp.product import refuse_xla
 
 # The operands come first; what follows them are the options that keras_dfp.ops takes too.
@@ -92,7 +93,7 @@ def _route(name: str, split, original):
 
             def on_integers(*operands, site=None):
                 site = site_of(layer) if site is None else site
-                with ops.format_scope(decision.format), ops.site_scope(site, watched):
+                with ops.format_scope(decision.format), site_scope(site, watched):
                     return again(ours, operands)
 
             def stock(*operands):

@@ -4,16 +4,16 @@ import functools
 
 import tensorflow as tf
 
-from keras_dfp import ops
 from keras_dfp.backend.registry import replaces
 from keras_dfp.internals import inner_loop, rnn_owner
+from keras_dfp.operand import loop_step
 
 
 @replaces(rnn_owner, "rnn", "step_function ...", called_by=inner_loop)
 def _rnn(original):
     @functools.wraps(original)
     def rnn(step_function, *args, **kwargs):
-        @ops.loop_step
+        @loop_step
         @functools.wraps(step_function)
         def step(inputs, states):
             output, new_states = step_function(inputs, states)
