@@ -4,7 +4,7 @@
       worker.py       that process: measures one configuration
         conv.py         a network's convolutions and dense layers, three passes, on products.py
         gemm.py         matrix products of given sizes, on products.py
-        quantise.py     float32 to int16, against the memory's speed
+        quantize.py     float32 to int16, against the memory's speed
         small.py        what a call costs when there is next to nothing to compute
         step.py         whole training steps
         optimizer.py    what an optimizer takes of them (no command: see there)

@@ -1,6 +1,6 @@
 """A network's convolutions and dense layers, each distinct one in its three passes.
 
-Quantising is timed apart. Its time belongs to the pass that needs an operand first: the gradients
+Quantizing is timed apart. Its time belongs to the pass that needs an operand first: the gradients
 reuse the x and w of the forward pass, and share dy.
 """
 
@@ -34,11 +34,11 @@ def measure(settings: dict) -> Iterator[dict | str]:
             # A default argument, because the loop goes on before the function is called.
             ways = {
                 **product.ways,
-                "quantise": lambda operands=operands: [t.quantise() for t in operands],
+                "quantize": lambda operands=operands: [t.quantize() for t in operands],
             }
             taken = medians(ways, settings["repeats"])
             if not operands:
-                taken["quantise"] = 0.0
+                taken["quantize"] = 0.0
             yield {
                 "layer": str(layer),
                 "kind": layer.kind,

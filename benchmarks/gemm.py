@@ -25,7 +25,7 @@ def measure(settings: dict) -> Iterator[dict | str]:
         a = products.Tensor((m, k), settings["against"], samples=True)
         b = products.Tensor((k, n), settings["against"], samples=False)
         product = products.matmul(a, b)
-        ways = {**product.ways, "quantise": lambda a=a, b=b: (a.quantise(), b.quantise())}
+        ways = {**product.ways, "quantize": lambda a=a, b=b: (a.quantize(), b.quantize())}
         taken = medians(ways, settings["repeats"])
         yield {
             "m": m,

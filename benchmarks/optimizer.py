@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def measure(settings: dict) -> Iterator[dict | str]:
-    """Yields a row per optimizer, and one for quantising all kernels; settings: network, repeats,
+    """Yields a row per optimizer, and one for quantizing all kernels; settings: network, repeats,
     steps."""
     network = NETWORKS[settings["network"]]
     model = build(settings["network"], network.image_size, "dfp16")
@@ -49,8 +49,8 @@ def measure(settings: dict) -> Iterator[dict | str]:
             row["step_ms"] = medians({"step": step}, settings["steps"])["step"]
         yield row
     kernels = [tf.convert_to_tensor(w.value) for w in weights if w.shape.rank > 1]
-    quantise = medians({"all": lambda: [_quantised(k) for k in kernels]}, settings["repeats"])
-    yield {"quantising_kernels_ms": quantise["all"]}
+    quantize = medians({"all": lambda: [_quantized(k) for k in kernels]}, settings["repeats"])
+    yield {"quantizing_kernels_ms": quantize["all"]}
 
 
 def _updating(weights, optimizer):
@@ -75,5 +75,5 @@ def _training(model, optimizer, x, y, loss):
     return lambda: float(step(x, y))
 
 
-def _quantised(kernel):
+def _quantized(kernel):
     return native.quantize(kernel, 14, "nearest", 1)[0]

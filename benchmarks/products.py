@@ -1,6 +1,6 @@
 """Products to be timed: the same operands, multiplied on integers and by stock TensorFlow.
 
-Operands are random and ready: quantised for keras-dfp, cast for TensorFlow in bfloat16. What a
+Operands are random and ready: quantized for keras-dfp, cast for TensorFlow in bfloat16. What a
 product does with them is timed: its result is float32, from TensorFlow in bfloat16 it is bfloat16.
 """
 
@@ -51,11 +51,11 @@ class Tensor:
         self.shape = tuple(x.shape)
         self.size = math.prod(self.shape)
         self.floats = {name: tf.cast(x, DTYPES[name]) for name in against}
-        self.quantise = lambda: native.lib.dfp_quantize(
+        self.quantize = lambda: native.lib.dfp_quantize(
             x=x, exponent=[], step=[], group_axes=int(samples)
         )
         # Kernels do not read the token; it carries gradients.
-        self.operand = (*self.quantise()[:2], tf.zeros([0]))
+        self.operand = (*self.quantize()[:2], tf.zeros([0]))
 
 
 def traffic(first: Tensor, second: Tensor, result: int) -> int:

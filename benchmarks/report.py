@@ -38,7 +38,7 @@ class Table(NamedTuple):
 def columns(benchmark: str, run: dict) -> list[Column]:
     """Returns the columns of a run's rows."""
     settings, machine = run["settings"], run["machine"]
-    if benchmark == "quantise":
+    if benchmark == "quantize":
         return [
             Column("elements", lambda row: f"{row['elements']}", 12),
             Column("in groups of", lambda row: f"{row['group']}", 14),
@@ -53,7 +53,7 @@ def columns(benchmark: str, run: dict) -> list[Column]:
             Column("us", lambda row: f"{row['dfp_us']:.1f}"),
             Column("FP32 us", lambda row: f"{row['float32_us']:.1f}"),
             Column("more", lambda row: f"{row['dfp_us'] - row['float32_us']:+.1f}"),
-            Column("quantise us", lambda row: f"{row['quantise_us']:.1f}", 13),
+            Column("quantize us", lambda row: f"{row['quantize_us']:.1f}", 13),
         ]
     if benchmark == "step":
         first = run["rows"][0] if run["rows"] else None
@@ -84,10 +84,10 @@ def columns(benchmark: str, run: dict) -> list[Column]:
     result = [*label, _ms("ms", "dfp_ms"), *speed]
     for name in settings["against"]:
         result += [_ms(f"{SHORT[name]} ms", f"{name}_ms"), Column("ratio", _ratio(name), 7)]
-    result.append(_ms("quantise ms", "quantise_ms", 13))
+    result.append(_ms("quantize ms", "quantize_ms", 13))
     for name in settings["against"]:
         title = "ratio with" if name == "float32" else f"{SHORT[name]} with"
-        result.append(Column(title, _ratio(name, quantise=True), 12))
+        result.append(Column(title, _ratio(name, quantize=True), 12))
     return result
 
 
@@ -116,8 +116,8 @@ def _against(first: Row | None, key: str) -> Column:
     return Column(f"x {base['policy']}", lambda row: f"{row[key] / base[key]:.2f}", 11)
 
 
-def _ratio(name: str, quantise: bool = False) -> Callable[[Row], str]:
-    return lambda row: f"{ratio(row, name, quantise):.2f}"
+def _ratio(name: str, quantize: bool = False) -> Callable[[Row], str]:
+    return lambda row: f"{ratio(row, name, quantize):.2f}"
 
 
 def _size(row: Row) -> str:
@@ -134,9 +134,9 @@ def gbs(row: Row) -> float:
     return row["bytes"] / row["dfp_ms"] / 1e6
 
 
-def ratio(row: Row, name: str, quantise: bool = False) -> float:
+def ratio(row: Row, name: str, quantize: bool = False) -> float:
     """Returns how many times faster than TensorFlow's dtype `name` keras-dfp is."""
-    return row[f"{name}_ms"] / (row["dfp_ms"] + (row["quantise_ms"] if quantise else 0.0))
+    return row[f"{name}_ms"] / (row["dfp_ms"] + (row["quantize_ms"] if quantize else 0.0))
 
 
 # ---- what follows from a run's rows --------------------------------------------------------------
@@ -268,7 +268,7 @@ def _times(benchmark: str, run: dict) -> dict[str, float]:
         return {f"{row['layer']} {row['pass']}": row["dfp_ms"] for row in totals(run)}
     if benchmark == "gemm":
         return {_size(row): row["dfp_ms"] for row in run["rows"]}
-    if benchmark == "quantise":
+    if benchmark == "quantize":
         return {
             f"{row['elements']} by {row['group']} {row['way']}": row["dfp_ms"]
             for row in run["rows"]

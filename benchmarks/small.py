@@ -23,7 +23,7 @@ def measure(settings: dict) -> Iterator[dict | str]:
         yield name
         ways = {
             **product.ways,
-            "quantise": lambda operands=operands: [t.quantise() for t in operands],
+            "quantize": lambda operands=operands: [t.quantize() for t in operands],
         }
         for mode, repeated in (("eager", _eager), ("graph", _graph)):
             calls = {way: repeated(function) for way, function in ways.items()}

@@ -27,8 +27,8 @@ from keras_dfp.info import peak_memory
 # ExecuteAsyncOnStream: Keras gives it convolutions in groups, and nothing else here.
 TYPES = {
     "convolutions and products": r"Conv(?!ert)|Mat[Mm]ul|^Execute\w*OnStream",
-    "batch norm, ReLU and quantising fused": r"^Dfp(Moments|Normalize)",
-    "quantisation": r"^Dfp(Quantize|Dequantize|Token)",
+    "batch norm, ReLU and quantizing fused": r"^Dfp(Moments|Normalize)",
+    "quantization": r"^Dfp(Quantize|Dequantize|Token)",
     "casts": r"Cast$",
     "sums of gradients": r"AddN$",
 }

@@ -139,7 +139,7 @@ def audit(model: keras.Model, x: Any, y: Any = None, *, training: bool = True) -
 
     The batch runs forward and backward twice, eagerly, under the model's policy and in float32. For
     each product on integers it is told how far its results are from float32's, how much of its
-    operands became zero when they were quantised, and what may help. The model is left as it was.
+    operands became zero when they were quantized, and what may help. The model is left as it was.
     It takes the memory of the batch's activations several times over: a small batch will do. Layers
     that are computed again in the backward pass (`keras.remat`) show no errors of gradients.
 

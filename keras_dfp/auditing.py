@@ -1,4 +1,4 @@
-"""Watching one batch eagerly: what every product multiplies, and what is lost in quantising.
+"""Watching one batch eagerly: what every product multiplies, and what is lost in quantizing.
 
 The dispatcher (`backend.products`) hands its products here while an audit is on; `audit` is what
 users call.
@@ -49,7 +49,7 @@ class Call:
 
 @dataclasses.dataclass
 class Losses:
-    """What quantising lost of tensors of one kind, added up.
+    """What quantizing lost of tensors of one kind, added up.
 
     Attributes:
         nonzero: Elements that were not zero.
@@ -145,7 +145,7 @@ def _watched(watch: Watch | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def losses() -> Iterator[dict[str, Losses]]:
-    """Collects what the quantiser loses inside, by the role of the operand (`OPERANDS`)."""
+    """Collects what the quantizer loses inside, by the role of the operand (`OPERANDS`)."""
     found = {name: Losses() for name in OPERANDS}
 
     def note(x, q, tensor_id, group_axes):

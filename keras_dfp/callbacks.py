@@ -18,7 +18,7 @@ class DFPStatistics(keras.callbacks.Callback):
 
     For each layer on integers, and its activation, its weight and the gradient of its output: the
     exponents, the share of values lost to zero and of those clamped, the signal-to-noise ratio of
-    quantising, and how many samples are not finite; and the time of its three products. To
+    quantizing, and how many samples are not finite; and the time of its three products. To
     TensorBoard (`log_dir/statistics`) and to a table, `log_dir/statistics.csv`, in long form:
     `step,layer,tensor,quantity,value`. `docs/observability.md` says what the numbers mean.
 

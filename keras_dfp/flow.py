@@ -102,7 +102,7 @@ class Flow:
         if chain is None:
             return f"float: {self._source(found.x, layer)}"
         if _first_quantized(found.x) is not found.mantissas.op:
-            return "float: quantised in another format too"
+            return "float: quantized in another format too"
         words = ", ".join(_words(chain))
         source = self._source(chain.x, layer)
         return words if source == "product" else f"{words} (after {source})"
@@ -224,7 +224,7 @@ def _elements(shape) -> int | None:
 
 
 def _first_quantized(tensor) -> tf.Operation | None:
-    """Returns the op that quantises a tensor in one pass with the steps it comes from."""
+    """Returns the op that quantizes a tensor in one pass with the steps it comes from."""
     quantizers = [
         op for op in tensor.consumers() if op.type == "DfpQuantize" and op.get_attr("fused")
     ]

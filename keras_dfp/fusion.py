@@ -12,7 +12,7 @@ a chain in one pass (`DfpNormalize`, `DfpNormalizeSums`, `DfpNormalizeGradient`,
 and outputs than a step has) and lets the readers of a chain read these. TensorFlow drops what is
 not read any more: a float that only a chain reads is never made. Afterwards all edges are put back,
 so that the graph can be differentiated as before. A bias right after a product is added by the
-product (`DfpConvBias`, `DfpMatmulBias`), and its gradient summed by what quantises.
+product (`DfpConvBias`, `DfpMatmulBias`), and its gradient summed by what quantizes.
 
 A fused op does the arithmetic of the steps, in their order, each operation rounded as theirs is. So
 it changes no bit, and there is nothing to fuse where there is no graph.
@@ -130,7 +130,7 @@ class _Rewriting:
         self._moved = {}  # from a tensor's id to the one that is read in its place
         self._empty = {}  # from a tensor's id to an output that stands for it and has no elements
         self._again = []  # fused ops whose mantissas are cheap to compute, and their arguments
-        self._tokens = []  # ops that say what was quantised, and read no float of it
+        self._tokens = []  # ops that say what was quantized, and read no float of it
         self._masks = {}  # from the gradient of a ReLU to the steps that the ReLU ends
         self._bits = {}  # from the id of a ReLU's result to where it is positive, None before
 
@@ -453,7 +453,7 @@ class _Rewriting:
         self._requantize(quantizer, new)
 
     def _bias_sums(self, quantizer):
-        """Returns the op that sums a gradient of images for a bias: quantising can do it."""
+        """Returns the op that sums a gradient of images for a bias: quantizing can do it."""
         x = quantizer.inputs[0]
         if quantizer.get_attr("group_axes") != 1 or x.shape.rank == 2:
             return None

@@ -292,7 +292,7 @@ class DFPMultiHeadAttention(_OnIntegers, keras.layers.MultiHeadAttention):
 class DFPLSTM(_OnIntegers, keras.layers.LSTM):
     """`keras.layers.LSTM` on integers, with its arguments and results.
 
-    Its kernels are quantised once for all steps; gates and state are float32.
+    Its kernels are quantized once for all steps; gates and state are float32.
 
     Args:
         dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else
@@ -308,7 +308,7 @@ class DFPLSTM(_OnIntegers, keras.layers.LSTM):
 class DFPGRU(_OnIntegers, keras.layers.GRU):
     """`keras.layers.GRU` on integers, with its arguments and results.
 
-    Its kernels are quantised once for all steps; gates and state are float32.
+    Its kernels are quantized once for all steps; gates and state are float32.
 
     Args:
         dtype: The layer's policy: `None` for the global one if it is a `DFPPolicy`, else

@@ -32,7 +32,7 @@ def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolic
     """Gives all layers of a model a policy, in place; weights and optimizer stay as they are.
 
     Nested models, wrapped layers, cells and the layers inside layers are included. Layers that do
-    not compute in floating point on float32 variables (of integers or strings, quantised ones)
+    not compute in floating point on float32 variables (of integers or strings, quantized ones)
     keep their policy. The model's compiled functions are dropped, so that the next `fit`,
     `evaluate` or `predict` traces it again; an outer model, or a function of your own, that has
     traced this model keeps what it traced.

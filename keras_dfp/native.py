@@ -6,7 +6,7 @@ an op library, and is an ordinary Python module besides; TensorFlow must see it 
 
 Between ops a tensor travels as an `Operand`: int16 mantissas and int32 exponents, which carry no
 gradient in TensorFlow, and a token, which does. A token is a float32 tensor of the shape of the
-mantissas, for whose gradient the tensor that was quantised is told: kernels never read it, and it
+mantissas, for whose gradient the tensor that was quantized is told: kernels never read it, and it
 takes no memory, for all tokens are the same zeros.
 
 A `ProductOp` is one native op: it is linear in each of its two factors, so the gradient of a
@@ -123,7 +123,7 @@ def quantize(
 
     With `fused`, `fusion` may compute them in one pass with the steps that x comes from. With a
     `site`, the name of where this happens, `extension.take_numbers` gives the numbers of what is
-    quantised, by its `role` (`"activation"`, `"weight"` or `"gradient"`); and if it is `watched`, a
+    quantized, by its `role` (`"activation"`, `"weight"` or `"gradient"`); and if it is `watched`, a
     loss of much of a group is told to the handler of `extension.set_loss_handler`.
 
     Stochastic rounding draws the `step` of its noise from TensorFlow's random numbers: no state to
@@ -157,7 +157,7 @@ _observer = threading.local()
 
 @contextlib.contextmanager
 def observed(note: Callable) -> Iterator[None]:
-    """Calls `note(x, q, tensor_id, group_axes)` of what is quantised inside, on this thread."""
+    """Calls `note(x, q, tensor_id, group_axes)` of what is quantized inside, on this thread."""
     _observer.note = note
     try:
         yield
@@ -190,14 +190,14 @@ class Factor:
 
     @classmethod
     def saved(cls, operand: Operand) -> Factor:
-        """The factor that the forward pass quantised."""
+        """The factor that the forward pass quantized."""
         return cls(operand.q, lambda: lib.dfp_dequantize(*operand), lambda: operand)
 
     @classmethod
     def incoming(
         cls, dy, bits: int, rounding: str, group_axes: int, fused: bool, site: str
     ) -> Factor:
-        """The gradient of an op's output: quantised once for all that reads it."""
+        """The gradient of an op's output: quantized once for all that reads it."""
 
         def operand():
             q, exponent = quantize(

@@ -2,7 +2,7 @@
 
 Each function here is one step of float32 arithmetic over rows of channels (docs/numerics.md, "Batch
 norm"), with the same bits on every machine. `fusion.py` joins steps that follow each other into one
-pass, and with the quantising that comes after; what a step computes stays the same.
+pass, and with the quantizing that comes after; what a step computes stays the same.
 """
 
 from __future__ import annotations

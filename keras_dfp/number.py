@@ -125,7 +125,7 @@ def quantize(
     seed: int | None = None,
     group_axes: int = 0,
 ) -> DFPTensor:
-    """Quantises an array to dynamic fixed point.
+    """Quantizes an array to dynamic fixed point.
 
     The exponent is the smallest with which the largest magnitude of `x` fits:
     `e = floor(log2(max|x|)) - (mantissa_bits - 2)`, and the mantissas are

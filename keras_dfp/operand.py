@@ -8,7 +8,7 @@ of stochastic rounding would stay the same, as long as the tensor does. A token,
 to carry a gradient, is made anew for every consumer, under the gradient tape that is recording
 then.
 
-A variable is read and quantised where it is used, because its value may change between two uses;
+A variable is read and quantized where it is used, because its value may change between two uses;
 in the steps of a loop (`loop_step`) once, unless they assign to it.
 """
 
@@ -49,7 +49,7 @@ def operand(
     arrange: Callable | None = None,
     shape: Sequence[Size] | None = None,
 ) -> Operand:
-    """Quantises a tensor, or finds it quantised, and gives it a token.
+    """Quantizes a tensor, or finds it quantized, and gives it a token.
 
     Args:
         x: A float32 `tf.Tensor` or `tf.Variable` of known rank.
@@ -97,7 +97,7 @@ class Quantized(NamedTuple):
 
     Attributes:
         x: The tensor.
-        mantissas: What it was quantised to, shared by all that read x in this format.
+        mantissas: What it was quantized to, shared by all that read x in this format.
         expanded: The mantissas with the elements that a product repeats.
         perm: How the product transposes these; empty for not at all.
         fused: Whether `fusion` may compute the mantissas.
@@ -122,10 +122,10 @@ def noted(note: Callable[[Quantized], None] | None) -> Iterator[None]:
 
 
 def loop_step(step: Callable) -> Callable:
-    """Wraps the step of a loop, so that what the loop does not change is quantised once, before it.
+    """Wraps the step of a loop, so that what the loop does not change is quantized once, before it.
 
     That holds for every variable that the step multiplies until something in it assigns to it;
-    from then on the variable is quantised wherever it is read. To be found in time, an assignment
+    from then on the variable is quantized wherever it is read. To be found in time, an assignment
     in a `tf.while_loop` must have been seen: the step has to be called once before the loop, as
     Keras does to see what comes out of it, and what it has not multiplied then is not shared.
 
@@ -151,7 +151,7 @@ def loop_step(step: Callable) -> Callable:
 
 
 class _Loop:
-    """What was quantised before a loop, and whether that still holds."""
+    """What was quantized before a loop, and whether that still holds."""
 
     def __init__(self, graph):
         self.graph = self.step_graph = graph
@@ -192,7 +192,7 @@ def _address(tensor) -> int:
 
 @contextlib.contextmanager
 def site_scope(site: str, tensor_ids: Collection[int] = (0, 1)) -> Iterator[None]:
-    """Names the place where operands are quantised and multiplied inside.
+    """Names the place where operands are quantized and multiplied inside.
 
     By this name they are known to the warning of what operands lose, and to statistics.
 

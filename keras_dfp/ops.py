@@ -362,7 +362,7 @@ def einsum(subscripts, *operands, **kwargs):
     """`keras.ops.einsum` in dynamic fixed point.
 
     Two operands make one product: one exact dot product per element of the result. More are
-    multiplied from left to right, each intermediate result quantised again. A single operand (a
+    multiplied from left to right, each intermediate result quantized again. A single operand (a
     transpose, a sum, a trace) is not a product and is computed in float32; so is the diagonal of
     an operand that repeats a label.
 

@@ -49,7 +49,7 @@ class DFPPolicy(dtype_policies.DTypePolicyMap):
             own, so that its result does not depend on the other samples of its batch; or
             `"tensor"`: one exponent for all of a tensor, as in the paper.
         fused: Whether, in a `tf.function` (and so in `fit`), batch norm, bias, residual sum, ReLU
-            and quantising run as one pass over memory, forward and backward. It changes no bit.
+            and quantizing run as one pass over memory, forward and backward. It changes no bit.
         scope: Which products run on integers. `"weights"`, the default: those of layers that have
             weights of their own, those with a variable as an operand, and those of attention
             (Keras's attention layers, and `dot_product_attention` anywhere). What other layers
@@ -339,7 +339,7 @@ def _made_by_name(original):
 
 @replaces(internals.dtype_policy, "_get_quantized_dtype_policy_by_str", "policy")
 def _quantized_by_name(original):
-    """Lets a layer on integers be quantised by Keras as the float32 layer it is otherwise."""
+    """Lets a layer on integers be quantized by Keras as the float32 layer it is otherwise."""
 
     def by_name(policy):
         mode, separator, source = str(policy).partition("_from_")
@@ -396,9 +396,9 @@ def _assign_dtype_policy(original):
         previous = layer._dtype_policy
         if isinstance(policy, DFPPolicy) and getattr(layer, "_is_quantized", False):
             raise ValueError(
-                f"keras_dfp: layer '{layer.path or layer.name}' is quantised "
+                f"keras_dfp: layer '{layer.path or layer.name}' is quantized "
                 f"({previous.name}), and its weights no longer float32: it cannot have the policy "
-                f"{policy!r}. Set that on the model before it is quantised."
+                f"{policy!r}. Set that on the model before it is quantized."
             )
         if isinstance(previous, DFPPolicy) or isinstance(policy, DFPPolicy):
             layer._dtype_policy = keras.DTypePolicy("float32")

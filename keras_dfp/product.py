@@ -158,13 +158,13 @@ def multiply(op: str, fmt: DFPFormat, product: ProductOp, first: View, second: V
         return product.float32(a, b), gradient
 
     def factor(x, view):
-        def quantised():
+        def quantized():
             if view.group_axes:
                 # Laid out, its groups could not be told any more.
                 return view.operand(fmt)
             return make_operand(x, fmt, tensor_id=view.tensor_id)
 
-        return Factor(x, lambda: x, quantised)
+        return Factor(x, lambda: x, quantized)
 
     return float32_forward(first.float32(), second.float32())
 

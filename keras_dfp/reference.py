@@ -11,7 +11,7 @@ are a group and share an exponent, and stand for `q * 2**e`. With B mantissa bit
 infinity: its q is 0, and every sum that it has a part in is NaN (the quiet NaN with bits
 0x7fc00000).
 
-**Quantise.** With `E = floor(log2(max|x|))` of a group, subnormals included, and -149 if it is all
+**Quantize.** With `E = floor(log2(max|x|))` of a group, subnormals included, and -149 if it is all
 zeros or empty:
 
     e = E - (B - 2)                    or given by the caller
@@ -178,7 +178,7 @@ def quantize(
     step: int = 0,
     group_axes: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise a float32 tensor to dynamic fixed point.
+    """Quantize a float32 tensor to dynamic fixed point.
 
     Args:
         x: float32 array of any shape.

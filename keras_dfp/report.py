@@ -35,7 +35,7 @@ class Report:
             `"forward"`, `"input_gradient"`, `"weight_gradient"` run on integers), `format` (a
             `DFPFormat`, `None` for FP32), `reason` (why FP32, or why another format), `inputs` and
             `bytes`. `inputs` are words, each once, for what the layer's operands on integers come
-            from, weights apart: the steps that are computed in one pass with the quantising
+            from, weights apart: the steps that are computed in one pass with the quantizing
             (`"batch norm, ReLU"`; where they do not follow a product, `"batch norm, ReLU (after
             concatenation)"`), or `"float: "` and what the float comes from or why it is one
             (`"float: max pooling"`, `"float: fused=False"`). `bytes` are those of the mantissas of
@@ -127,7 +127,7 @@ class Report:
 def describe(model: keras.Model, inputs: Any = None, *, input_shape: Any = None) -> Report:
     """Says which layers of a model run on integers, in which format, and why the others do not.
 
-    Also what their inputs come from: which steps before them are fused with quantising, and what
+    Also what their inputs come from: which steps before them are fused with quantizing, and what
     stays float; and how much is kept for the backward pass.
 
     The model is traced as for a training step, not run; so whatever multiplies is found, also in

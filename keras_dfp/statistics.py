@@ -38,7 +38,7 @@ _TIMES = (("activation", "forward_ms"), ("gradient", "input_gradient_ms"),
 
 
 class NonFiniteError(ArithmeticError):
-    """A tensor that was to be quantised holds NaN or infinity, and training was to stop then.
+    """A tensor that was to be quantized holds NaN or infinity, and training was to stop then.
 
     Attributes:
         what: A `NonFinite`: the first such tensor of the step.
@@ -86,7 +86,7 @@ class NonFinite:
 
 @dataclasses.dataclass
 class Operand:
-    """What quantising did to a tensor of a layer, in one step; tensors add up.
+    """What quantizing did to a tensor of a layer, in one step; tensors add up.
 
     Attributes:
         nonzero: Elements that were not zero, of the groups that share an exponent and are finite.

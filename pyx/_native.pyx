@@ -18,7 +18,7 @@ from the machine up:
     depthwise   and of a depthwise one, as sums of rows
     channels    passes over rows of channels: batch norm, ReLU, sums
     response    local response normalisation
-    statistics  what quantising did to a tensor
+    statistics  what quantizing did to a tensor
     update      a step of an optimizer
     tf/         the C API, and one file for each kind of op
 """

@@ -4,7 +4,7 @@
 # their largest values and, while they are in a cache, writes their mantissas; of groups too large,
 # or too few for all threads, it takes pieces: all are read first, then all are written.
 #
-# What is quantised need not lie in memory: it may be computed as it is read, block by block in the
+# What is quantized need not lie in memory: it may be computed as it is read, block by block in the
 # nearest cache, by a map or a gradient of channels.pxi; the floats may be kept besides.
 
 cdef enum Rounding:

@@ -1,6 +1,6 @@
-# What quantising did to a tensor, measured after it is done: docs/observability.md.
+# What quantizing did to a tensor, measured after it is done: docs/observability.md.
 #
-# A second pass over what was quantised, only in steps that are looked at. It is cut up in the same
+# A second pass over what was quantized, only in steps that are looked at. It is cut up in the same
 # way whatever the number of threads, and sums are added in order: they have one result.
 
 cdef enum:
@@ -79,7 +79,7 @@ cdef void measure_task(void* work, int64_t i, int thread) noexcept nogil:
 
 
 cdef bint measure(Quantize* z, Measures* to) noexcept nogil:
-    """Adds to `to` what became of what z has quantised; False if there is no memory for it."""
+    """Adds to `to` what became of what z has quantized; False if there is no memory for it."""
     cdef Measuring m
     cdef int64_t g, i, tasks
     if z.groups == 0 or z.n == 0:

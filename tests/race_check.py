@@ -55,7 +55,7 @@ def check_the_tools(env):
 
 
 def work():
-    """What is watched: generated products, the five networks' smaller ones, quantising, two ops."""
+    """What is watched: generated products, the five networks' smaller ones, quantizing, two ops."""
     import networks
     import numpy as np
     import test_generated

@@ -525,7 +525,7 @@ def test_a_stateless_call_follows_the_policy():
     np.testing.assert_array_equal(y, layer(vector))
 
 
-def test_recurrent_kernels_are_quantised_once_before_the_loop():
+def test_recurrent_kernels_are_quantized_once_before_the_loop():
     layer = layers.LSTM(3, dtype="dfp16")
     layer.build((None, 8, 4))
     graph = tf.function(layer).get_concrete_function(tf.TensorSpec((2, 8, 4))).graph
@@ -535,8 +535,8 @@ def test_recurrent_kernels_are_quantised_once_before_the_loop():
     # The inputs and the state change from step to step, the two kernels do not.
     assert nodes.count("DfpMatmul") == 2
     assert nodes.count("DfpQuantize") == 2
-    quantised = [op.inputs[0] for op in graph.get_operations() if op.type == "DfpQuantize"]
-    assert [x.op.type for x in quantised].count("ReadVariableOp") == 2
+    quantized = [op.inputs[0] for op in graph.get_operations() if op.type == "DfpQuantize"]
+    assert [x.op.type for x in quantized].count("ReadVariableOp") == 2
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -19,7 +19,7 @@ from keras_dfp.benchmarks import (
     optimizer,
     pipeline,
     products,
-    quantise,
+    quantize,
     report,
     run,
     small,
@@ -179,20 +179,20 @@ def rows_of(module, **settings):
     return [row for row in module.measure(settings) if isinstance(row, dict)]
 
 
-def test_quantise_rows():
-    rows = rows_of(quantise, elements=[1000, 100000], groups=[32, 1500, None], repeats=1)
+def test_quantize_rows():
+    rows = rows_of(quantize, elements=[1000, 100000], groups=[32, 1500, None], repeats=1)
     sizes = [(992, 32), (1000, 1000), (100000, 32), (99000, 1500), (100000, 100000)]
     assert [(row["elements"], row["group"], row["way"]) for row in rows] == [
-        (*size, way) for size in sizes for way in quantise.WAYS
+        (*size, way) for size in sizes for way in quantize.WAYS
     ]
     assert all(row["bytes"] == 10 * row["elements"] and row["dfp_ms"] > 0 for row in rows)
 
 
 @pytest.mark.slow
 def test_optimizer_rows():
-    *rows, quantising = rows_of(optimizer, network="convnet", repeats=3, steps=1)
+    *rows, quantizing = rows_of(optimizer, network="convnet", repeats=3, steps=1)
     assert [row["optimizer"] for row in rows] == list(optimizer.OPTIMIZERS)
-    assert all(row["step_ms"] > 0 for row in rows) and quantising["quantising_kernels_ms"] > 0
+    assert all(row["step_ms"] > 0 for row in rows) and quantizing["quantizing_kernels_ms"] > 0
     slots = {row["optimizer"]: row["slots_mb"] for row in rows}
     assert slots["SGD"] == slots["DFPSGD"] == pytest.approx(slots["Adam"] / 2, rel=1e-3)
     assert slots["DFPAdam, dfp16"] == pytest.approx(slots["Adam"] * 33 / 64, rel=1e-2)
@@ -203,7 +203,7 @@ def test_small_rows():
     assert {row["mode"] for row in rows} == {"eager", "graph"}
     for row in rows:
         # A call takes more than a function that does nothing and less than a second.
-        assert all(0.05 < row[f"{way}_us"] < 1e6 for way in ("dfp", "float32", "quantise")), row
+        assert all(0.05 < row[f"{way}_us"] < 1e6 for way in ("dfp", "float32", "quantize")), row
 
 
 def test_a_graph_of_small_calls_makes_them_all():
@@ -249,8 +249,8 @@ def test_gemm(tmp_path):
             cells = [f"{row['m']} x {row['n']} x {row['k']}", f"{row['dfp_ms']:.2f}"]
             cells += [f"{row['float32_ms']:.2f}", f"{row['float32_ms'] / row['dfp_ms']:.2f}"]
             assert re.search(".* ".join(map(re.escape, cells)), output)
-            both = row["dfp_ms"] + row["quantise_ms"]
-            assert report.ratio(row, "float32", quantise=True) == row["float32_ms"] / both
+            both = row["dfp_ms"] + row["quantize_ms"]
+            assert report.ratio(row, "float32", quantize=True) == row["float32_ms"] / both
     one, two = (each["rows"][0]["dfp_ms"] for each in document["runs"])
     assert re.search(rf"Threads: gemm\n.*\n96 x 96 x 96 .* {one / two:.2f}\n", output)
     assert keras_dfp.info()["cpu"] in output
@@ -284,7 +284,7 @@ def test_conv_forced_to_an_instruction_set(tmp_path):
     assert len(rows) == 3 * 8 - 1
     for row in rows:
         reuses = row["pass"] == "weight gradient" and row is not rows[1]
-        assert (row["quantise_ms"] == 0) == reuses
+        assert (row["quantize_ms"] == 0) == reuses
     *passes, everything, ungrouped = report.totals(each)
     assert [row["pass"] for row in passes] == list(products.PASSES)
     assert everything["macs"] == sum(row["macs"] for row in rows)
@@ -300,10 +300,10 @@ def test_conv_forced_to_an_instruction_set(tmp_path):
 
 def test_totals_count_every_occurrence():
     rows = [
-        {"count": 3, "pass": "forward", "macs": 5, "bytes": 7, "dfp_ms": 1.0, "quantise_ms": 0.5},
-        {"count": 1, "pass": "forward", "macs": 1, "bytes": 1, "dfp_ms": 2.0, "quantise_ms": 0.0},
+        {"count": 3, "pass": "forward", "macs": 5, "bytes": 7, "dfp_ms": 1.0, "quantize_ms": 0.5},
+        {"count": 1, "pass": "forward", "macs": 1, "bytes": 1, "dfp_ms": 2.0, "quantize_ms": 0.0},
     ]
-    assert report.total(rows) == {"macs": 16, "bytes": 22, "dfp_ms": 5.0, "quantise_ms": 1.5}
+    assert report.total(rows) == {"macs": 16, "bytes": 22, "dfp_ms": 5.0, "quantize_ms": 1.5}
 
 
 def test_step(tmp_path):
@@ -321,11 +321,11 @@ def test_step(tmp_path):
         # 8 layers in three passes, but for the first's input gradient; XLA may join passes.
         assert kinds["convolutions and products"]["calls"] >= 8
         assert kinds["optimizer"]["ms"] > 0
-        for kind in ("quantisation", "batch norm, ReLU and quantising fused"):
+        for kind in ("quantization", "batch norm, ReLU and quantizing fused"):
             assert (kind in kinds) == (row["policy"] == "dfp16")
         assert kinds.get("other", {"ms": 0})["ms"] < 0.5 * sum(kind["ms"] for kind in row["kinds"])
     assert re.search(r"Where a step's time goes.*\n.*mixed_bfloat16 +dfp16\n", output)
-    assert "quantisation" in bench("report", written)
+    assert "quantization" in bench("report", written)
 
 
 def test_step_of_a_network_without_images(tmp_path):
@@ -429,12 +429,12 @@ def test_an_op_does_not_count_what_runs_inside_it():
     [
         ("net_1/conv1_1/convolution", "_MklNativeConv2D", "convolutions and products"),
         ("gradient_tape/net_1/fc/MatMul/MatMul_1", "_MklMatMul", "convolutions and products"),
-        ("net_1/conv1_1/DfpQuantize", "DfpQuantize", "quantisation"),
-        ("net_1/bn_1/DfpMoments", "DfpMoments", "batch norm, ReLU and quantising fused"),
+        ("net_1/conv1_1/DfpQuantize", "DfpQuantize", "quantization"),
+        ("net_1/bn_1/DfpMoments", "DfpMoments", "batch norm, ReLU and quantizing fused"),
         (
             "gradient_tape/net_1/conv1_1/DfpQuantize/fused/DfpNormalizeGradient",
             "DfpNormalizeGradient",
-            "batch norm, ReLU and quantising fused",
+            "batch norm, ReLU and quantizing fused",
         ),
         ("gradient_tape/net_1/bn_1/mul", "Mul", "batch norm"),
         ("net_1/conv1_1/BiasAdd", "BiasAdd", "bias and ReLU of products"),
@@ -501,7 +501,7 @@ def test_plot_without_matplotlib(monkeypatch):
 @pytest.mark.slow
 def test_a_process_that_fails_says_why(monkeypatch):
     monkeypatch.setenv("KERAS_DFP_ISA", "sse9")
-    output = bench("quantise", code=1)
+    output = bench("quantize", code=1)
     assert "exit code" in output
     assert "sse9" in output
 

@@ -276,7 +276,7 @@ def check_gradient(parts, mask_map, mask_bits, clip, norm, epsilon, training, ho
     sums = [expected[2]] if training and norm else []
     dx = reference.normalize_gradient(dy, *norm, epsilon, *sums) if norm else dy
     q, e = quantized(dx, how, step)
-    # The gradient of a bias before it: of images, quantising sums too.
+    # The gradient of a bias before it: of images, quantizing sums too.
     of_images = dx.ndim > 2 and how["group_axes"] == 1
     (doffset, *_) = reference.normalize_sums(dx)
     parts, norm = [*map(guarded, parts)], [*map(guarded, norm)]

@@ -153,7 +153,7 @@ def test_depthwise_conv_is_the_reference(x_shape, w_shape, arguments, fmt, data_
     same_bits(dw, reference.depthwise_conv_weight_gradient(*qx, *qdy, w_shape, **geometry))
 
 
-def test_separable_conv_quantises_between_its_two_convolutions():
+def test_separable_conv_quantizes_between_its_two_convolutions():
     x, d, p = uneven(2, 7, 6, 3), random(3, 3, 3, 2, seed=1), random(1, 1, 6, 4, seed=2)
     fmt = DFPFormat()
     y, dy, (dx, dd, dp) = run(lambda x, d, p: ops.separable_conv(x, d, p, padding="same"), x, d, p)
@@ -242,7 +242,7 @@ class Numbers(NamedTuple):
 
     @classmethod
     def of(cls, x, labels, fmt, groups, order=None):
-        """Quantises with an exponent for every index of `groups`, the first labels of `order`."""
+        """Quantizes with an exponent for every index of `groups`, the first labels of `order`."""
         order = labels if order is None else order
         assert tuple(order[: len(groups)]) == tuple(groups)
         perm = [labels.index(n) for n in order]
@@ -702,7 +702,7 @@ def test_the_other_products_are_float32(call, products):
         ("ak,dkc->acd", (3, 5), (2, 5, 6)),
     ],
 )
-def test_what_float32_multiplies_forward_is_quantised_backward(
+def test_what_float32_multiplies_forward_is_quantized_backward(
     subscripts, a_shape, b_shape, products, fmt
 ):
     a, b = uneven(*a_shape), uneven(*b_shape, seed=1)
@@ -978,7 +978,7 @@ def count(graph, op_type):
     return sum(node.op == op_type for node in nodes)
 
 
-def test_a_tensor_is_quantised_once_for_all_its_consumers():
+def test_a_tensor_is_quantized_once_for_all_its_consumers():
     def attention(x, q, k, v):
         with tf.GradientTape() as tape:
             tape.watch([x, q, k, v])
@@ -1038,7 +1038,7 @@ def test_a_function_takes_no_mantissas_from_the_graph_that_traced_it():
         assert not any(external.dtype == tf.int16 for external, _ in graph.captures)
 
 
-def test_tensors_are_quantised_outside_the_loops_and_branches_that_use_them():
+def test_tensors_are_quantized_outside_the_loops_and_branches_that_use_them():
     def loops(x, w):
         def body(i, y):
             return i + 1, y + ops.matmul(x, w) + ops.matmul(2 * x, w)
@@ -1054,7 +1054,7 @@ def test_tensors_are_quantised_outside_the_loops_and_branches_that_use_them():
     assert count(graph, "DfpQuantize") == 3 + 2 + 1
 
 
-def test_variables_are_quantised_where_they_are_read_but_once_for_all_steps_of_a_loop():
+def test_variables_are_quantized_where_they_are_read_but_once_for_all_steps_of_a_loop():
     w = tf.Variable(random(6, 6))
 
     def looped(x, wrap=lambda step: step):

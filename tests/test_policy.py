@@ -517,7 +517,7 @@ def test_layers_in_order_goes_depth_first():
 
 
 @pytest.mark.parametrize("mode", ["int8", "float8"])
-def test_keras_quantises_a_model_as_the_float32_one_it_is(mode, tmp_path):
+def test_keras_quantizes_a_model_as_the_float32_one_it_is(mode, tmp_path):
     x = np.random.default_rng(0).standard_normal((16, 6)).astype(np.float32)
     results = []
     for policy in ("dfp16", "float32"):
@@ -529,7 +529,7 @@ def test_keras_quantises_a_model_as_the_float32_one_it_is(mode, tmp_path):
         results.append(keras.models.load_model(tmp_path / "model.keras")(x))
         assert model.layers[0].dtype_policy.name == f"{mode}_from_float32"
     np.testing.assert_array_equal(*results)
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="is quantized"):
         model.layers[0].dtype_policy = "dfp16"
 
 

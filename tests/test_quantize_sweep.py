@@ -1,4 +1,4 @@
-"""The quantiser on every float32 there is, on every instruction set."""
+"""The quantizer on every float32 there is, on every instruction set."""
 
 import numpy as np
 import pytest

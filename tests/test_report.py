@@ -190,7 +190,7 @@ def test_an_activation_in_two_formats():
     outputs = [conv(x, dtype=DFPPolicy(mantissa_bits=bits)) for bits in (14, 10)]
     a, b = keras_dfp.describe(keras.Model(inputs, outputs)).rows
     assert a["inputs"] == ("ReLU (after input)",)
-    assert b["inputs"] == ("float: quantised in another format too",)
+    assert b["inputs"] == ("float: quantized in another format too",)
     assert a["bytes"] == b["bytes"] == 2 * 8 * 8 * 4
 
 

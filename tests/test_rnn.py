@@ -1,4 +1,4 @@
-"""Recurrent loops: kernels are quantised once before them, unless the loop changes them."""
+"""Recurrent loops: kernels are quantized once before them, unless the loop changes them."""
 
 import keras
 import numpy as np
@@ -218,7 +218,7 @@ CONSTANT = {
 
 
 @pytest.mark.parametrize("kind", CONSTANT)
-def test_what_a_loop_does_not_change_is_quantised_once(kind, monkeypatch):
+def test_what_a_loop_does_not_change_is_quantized_once(kind, monkeypatch):
     make, kernels, products, calls = CONSTANT[kind]
     with keras_dfp.policy_scope("dfp16"):
         layer = make()
@@ -233,19 +233,19 @@ def test_what_a_loop_does_not_change_is_quantised_once(kind, monkeypatch):
     outside = [op.inputs[0].op.type for op in graph.get_operations() if op.type == "DfpQuantize"]
     assert outside.count("ReadVariableOp") == calls * kernels
 
-    quantised = []
+    quantized = []
 
     def counting(x, *args, quantize=native.quantize):
-        quantised.append(isinstance(x, tf.Variable))
+        quantized.append(isinstance(x, tf.Variable))
         return quantize(x, *args)
 
     monkeypatch.setattr(native, "quantize", counting)
     layer(x)
-    assert quantised.count(True) == kernels
-    assert quantised.count(False) == (calls + x.shape[1]) * products + (calls - 1) * kernels
+    assert quantized.count(True) == kernels
+    assert quantized.count(False) == (calls + x.shape[1]) * products + (calls - 1) * kernels
 
 
-def test_a_variable_that_changed_between_two_loops_is_quantised_again():
+def test_a_variable_that_changed_between_two_loops_is_quantized_again():
     layer = layers.RNN(Plain(dtype="dfp16"), dtype="dfp16")
     layer.build((None, 3, 2))
 

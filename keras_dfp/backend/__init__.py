@@ -21,7 +21,7 @@ layer with another policy computes exactly what it computes without the plugin.
     products.py    the dispatchers: convolutions, matmul, einsum, attention
     attention.py   what masks hide does not decide exponents
     normalization.py   batch norm, biases and residual sums on native ops
-    rnn.py         constants of a recurrent loop are quantised before it
+    rnn.py         constants of a recurrent loop are quantized before it
     remat.py       recomputation and custom gradients keep their policy
     losses.py      a warning where an operand loses much of itself
     distribution.py    `fit` on several machines

@@ -1,4 +1,4 @@
-"""Names by which native ops know layers; the warning of what an operand loses when quantised."""
+"""Names by which native ops know layers; the warning of what an operand loses when quantized."""
 
 from __future__ import annotations
 

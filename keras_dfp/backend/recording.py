@@ -33,7 +33,7 @@ _DFP_PRODUCTS = frozenset(["DfpMatmul", "DfpConv", "DfpConvBackpropInput"])
 class TracedProduct:
     """One traced product: `layer` ran `operation` as `decision` says, in the graph `graph`.
 
-    `operands` are the tensors that it quantised, or found quantised, in a graph.
+    `operands` are the tensors that it quantized, or found quantized, in a graph.
     """
 
     layer: keras.layers.Layer | None

@@ -1,4 +1,4 @@
-"""Recurrent layers: what does not change in the loop over time is quantised once, before it."""
+"""Recurrent layers: what does not change in the loop over time is quantized once, before it."""
 
 import functools
 

@@ -16,7 +16,7 @@ import click
 from keras_dfp import native
 from keras_dfp.benchmarks import gemm as gemm_benchmark
 from keras_dfp.benchmarks import pipeline as pipeline_benchmark
-from keras_dfp.benchmarks import quantise as quantise_benchmark
+from keras_dfp.benchmarks import quantize as quantize_benchmark
 from keras_dfp.benchmarks import report, roofline
 from keras_dfp.benchmarks.networks import ALL, NETWORKS, OF_IMAGES
 from keras_dfp.benchmarks.products import DTYPES
@@ -192,9 +192,9 @@ def bench() -> None:
 def conv(**options) -> None:
     """Time every convolution and dense layer of a network, in all three passes.
 
-    Operands are int16, results float32; packing is included, quantising the operands is shown
+    Operands are int16, results float32; packing is included, quantizing the operands is shown
     beside it. The input gradient of the first layer is left out. Ratios are TensorFlow's time over
-    ours; "ratio with" is with quantising.
+    ours; "ratio with" is with quantizing.
 
     \b
     Examples:
@@ -269,19 +269,19 @@ def gemm(sizes, against, isa, threads, repeats, json_path, plot_path) -> None:
 @_machine
 @_repeats(7)
 @_json
-def quantise(elements, groups, isa, threads, repeats, json_path) -> None:
-    """Time quantising: bytes read and written per second, as a share of a copy's.
+def quantize(elements, groups, isa, threads, repeats, json_path) -> None:
+    """Time quantizing: bytes read and written per second, as a share of a copy's.
 
     \b
     Example:
-      keras-dfp bench quantise --threads 1,2
+      keras-dfp bench quantize --threads 1,2
     """
     settings = {
-        "elements": list(elements or quantise_benchmark.ELEMENTS),
-        "groups": list(groups or quantise_benchmark.GROUPS),
+        "elements": list(elements or quantize_benchmark.ELEMENTS),
+        "groups": list(groups or quantize_benchmark.GROUPS),
         "repeats": repeats,
     }
-    _run("quantise", [settings], isa=isa, threads=threads, json_path=json_path)
+    _run("quantize", [settings], isa=isa, threads=threads, json_path=json_path)
 
 
 @bench.command()

@@ -119,7 +119,7 @@ class Worst:
 
     Attributes:
         layer: Its path.
-        noise: The largest relative error: of a tensor by quantising, or against float32.
+        noise: The largest relative error: of a tensor by quantizing, or against float32.
         rows: For each tensor its name, SNR in dB, shares that were lost and clamped, all of them
             None where there is none.
         errors: Against float32, by name.
@@ -462,7 +462,7 @@ def pictures(runs: Sequence[Told]) -> dict[str, list[Picture]]:
                 run,
                 "snr_db",
                 ScalarMappable(Normalize(*decibels, clip=True), "cividis_r"),
-                "signal to noise of quantising, dB",
+                "signal to noise of quantizing, dB",
                 {n: f"{n:.0f}" for n in np.arange(decibels[0], decibels[1] + 1, 10)},
             )
         )

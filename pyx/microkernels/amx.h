@@ -1,5 +1,5 @@
 /* AMX-INT8: exact int16 products by digits, on tiles of int8 (dfp_digits in microkernel.h). What has
- * no tiles (spill, quantise, depthwise) is AVX-512-VNNI's.
+ * no tiles (spill, quantize, depthwise) is AVX-512-VNNI's.
  *
  * Tile registers: sums 0-3 (2 x 2 tiles of C), A 4 and 5, B 6 and 7. A tile product has a latency of
  * 52 cycles and starts every 16, so four sums are what keeps the unit busy.

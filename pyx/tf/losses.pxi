@@ -1,4 +1,4 @@
-# Telling Python of an operand that lost much of itself, from whatever thread quantised it: losses
+# Telling Python of an operand that lost much of itself, from whatever thread quantized it: losses
 # wait in a list until Python's main thread comes by and hands them to `loss_handler`.
 
 cdef extern from "Python.h":
@@ -82,7 +82,7 @@ cdef int raise_again(error) noexcept:
 
 def set_loss_handler(handler):
     """Makes `handler(site, share, nonzero)` the function that is told, once for each kernel, of a
-    quantisation with a `site` that loses half of a group's nonzero elements or more; with None,
+    quantization with a `site` that loses half of a group's nonzero elements or more; with None,
     nobody is."""
     global loss_handler, telling
     cdef bint some = handler is not None

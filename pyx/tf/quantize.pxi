@@ -65,7 +65,7 @@ cdef void find_groups(Call* c, const Attrs* a, const Shape* shape, Quantize* z) 
 
 
 cdef void quantize_and_tell(Attrs* a, Quantize* z, const Shape* shape) noexcept nogil:
-    """Quantises, tells once if much is lost, and more to those who look."""
+    """Quantizes, tells once if much is lost, and more to those who look."""
     quantize(z)
     if z.watching and much_is_lost(z.worst):
         a.told = tell_loss(a.site, z.worst)
@@ -74,7 +74,7 @@ cdef void quantize_and_tell(Attrs* a, Quantize* z, const Shape* shape) noexcept 
 
 cdef void quantize_call(Call* c, const Attrs* a, Quantize* z, const Shape* shape, int output,
                         const void* step) noexcept nogil:
-    """Fills in how, and where to: the outputs `output` and the next. What is quantised, and its
+    """Fills in how, and where to: the outputs `output` and the next. What is quantized, and its
     groups, are there already."""
     z.bits, z.rounding = <int>a.a_bits, a.rounding
     z.key[0], z.key[1] = <uint32_t>a.seed, <uint32_t>a.tensor_id

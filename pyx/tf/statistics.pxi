@@ -2,11 +2,11 @@
 # entry of its site, and Python takes all entries when a step is over.
 
 cdef enum:
-    LOOK_CLOSELY = 1            # measure what is quantised, and the time of products
+    LOOK_CLOSELY = 1            # measure what is quantized, and the time of products
     LOOK_FOR_NONFINITE = 2      # note the first tensor that is not finite
     ENTRIES = 8192              # of which a step has no more
 
-# Of an entry: what was quantised, or which product was computed.
+# Of an entry: what was quantized, or which product was computed.
 cdef enum Kind:
     ACTIVATION
     WEIGHT
@@ -61,7 +61,7 @@ cdef Entry* entry_of(const char* site, int kind) noexcept nogil:
 
 
 cdef void add_measures(const Attrs* a, Quantize* z) noexcept nogil:
-    """Measures what z has quantised for the entry of its site."""
+    """Measures what z has quantized for the entry of its site."""
     global entries_dropped
     cdef Measures* m = <Measures*>calloc(1, sizeof(Measures))
     cdef Measures* to
@@ -102,7 +102,7 @@ cdef void note_nonfinite(const Attrs* a, Quantize* z, const Shape* shape) noexce
 
 
 cdef inline void look(const Attrs* a, Quantize* z, const Shape* shape) noexcept nogil:
-    """After z has quantised a tensor of a site."""
+    """After z has quantized a tensor of a site."""
     cdef int how = dfp_look()
     if how and a.site[0]:
         if how & LOOK_FOR_NONFINITE:
@@ -131,7 +131,7 @@ cdef void add_time(const Attrs* a, int64_t start) noexcept nogil:
 
 
 cdef void site_attrs(TF_OpKernelConstruction* k, Attrs* a, TF_Status* st) noexcept nogil:
-    """Where an operand is quantised, or a product computed, and which."""
+    """Where an operand is quantized, or a product computed, and which."""
     cdef char role
     text_attr(k, "site", a.site, sizeof(a.site), st)
     role = first_letter(k, "role", st)

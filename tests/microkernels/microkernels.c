@@ -298,7 +298,7 @@ static void check_rounding(void) {
     check_c(&t, 0, "rounding");
 }
 
-/* ---- Quantise, align, interleave ------------------------------------------------------------- */
+/* ---- Quantize, align, interleave ------------------------------------------------------------- */
 
 enum { MAX_N = 300, MAX_LONG = 5000, MAX_GROUPS = 300, ALL_GROUPS = MAX_GROUPS * DFP_SHORT };
 

@@ -30,7 +30,7 @@ def measure(settings: dict) -> Iterator[dict | str]:
             x = tf.random.normal([n] if group is None else [n // group, group])
             size = len(x) * (group or 1)
             yield f"{n} elements, groups of {group or 'all'}"
-            taken = medians({way: _quantise(x, group, way) for way in WAYS}, settings["repeats"])
+            taken = medians({way: _quantize(x, group, way) for way in WAYS}, settings["repeats"])
             for way in WAYS:
                 yield {
                     "elements": size,
@@ -41,7 +41,7 @@ def measure(settings: dict) -> Iterator[dict | str]:
                 }
 
 
-def _quantise(x, group, way):
+def _quantize(x, group, way):
     stochastic = way == "stochastic"
     options = {
         "exponent": [],
