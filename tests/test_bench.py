@@ -306,6 +306,7 @@ def test_totals_count_every_occurrence():
     assert report.total(rows) == {"macs": 16, "bytes": 22, "dfp_ms": 5.0, "quantize_ms": 1.5}
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     written = tmp_path / "step.json"
     arguments = ["--network", "alexnet", "--image-size", 35, "--batch", 2, "--repeats", 1]

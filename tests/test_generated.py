@@ -206,7 +206,9 @@ def check(i, against_reference=False):
 BLOCK = 1000
 
 
-@pytest.mark.parametrize("first", range(0, 400, 100))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(100, 400, 100))]
+)
 def test_first_cases_also_against_the_reference(first):
     for i in range(first, first + 100):
         check(i, against_reference=True)

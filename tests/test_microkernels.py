@@ -37,7 +37,8 @@ def passed(printed):
     return {line.split(":")[0] for line in printed.splitlines() if "checks passed" in line}
 
 
-@pytest.mark.parametrize("compiler", ["gcc", pytest.param("clang", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_here(tmp_path, compiler):
     printed = run(tmp_path, compiler, ["-O3", *WARNINGS])
     expected = {entry["name"] for entry in extension.isas() if entry["available"]}

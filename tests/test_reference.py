@@ -935,7 +935,9 @@ SPILLED = {
 
 
 @pytest.mark.parametrize("which", ["forward", "input", "weight"])
-@pytest.mark.parametrize("name", SPILLED)
+@pytest.mark.parametrize(
+    "name", [pytest.param("conv", marks=pytest.mark.slow), "grouped", "1d", "depthwise"]
+)
 def test_spilled_convolutions(name, which):
     case = SPILLED[name]
     compare(case, which, 3, 16, 16, "random", (0, 0), "spill")
