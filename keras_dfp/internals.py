@@ -88,7 +88,10 @@ current_path = find("keras.src.backend.common.name_scope:current_path")
 image = find("keras.src.ops.image")
 trainer = find("keras.src.trainers.trainer")
 tf_trainer = find("keras.src.backend.tensorflow.trainer")
-TFTrainer = find("keras.src.backend.tensorflow.trainer:TensorFlowTrainer")
+TFTrainer = find(
+    "keras.src.backend.tensorflow.trainer:TensorFlowTrainer",
+    "keras.src.backend.tensorflow.trainer:Trainer",
+)
 # `Trainer`, or `BaseTrainer`.
 Trainer = defining(keras.Model, "compile")
 Operation = defining(keras.Model, "_post_build")
