@@ -290,11 +290,9 @@ def remedy(error: float, lost: float, fmt: DFPFormat) -> str:
         return ""
     if fmt.exponents == "tensor":
         return "exponents"
-    return (
-        "exclude"
-        if fmt.mantissa_bits >= 16 or (lost >= MUCH and error >= LARGE)
-        else ("mantissa_bits")
-    )
+    if fmt.mantissa_bits < 16 and not (lost >= MUCH and error >= LARGE):
+        return "mantissa_bits"
+    return "exclude"
 
 
 def advice(path: str, option: str) -> str:

@@ -180,15 +180,9 @@ cdef const float* like_input(Call* c, int i, const char* name, const Shape* x) n
     """An input that must have the shape of x."""
     cdef Shape shape
     cdef const float* data = <const float*>get_input(c, i, name, &shape)
-    cdef bint same
-    cdef int d
-    if ok(c):
-        same = shape.rank == x.rank
-        for d in range(min(shape.rank, x.rank)):
-            same = same and shape.dim[d] == x.dim[d]
-        if not same:
-            fail_shapes(c, "tensors that are added or masked must have the same shape (fused=False "
-                        "allows others)", name, &shape, "the first", x)
+    if ok(c) and not same_dims(&shape, x):
+        fail_shapes(c, "tensors that are added or masked must have the same shape (fused=False "
+                    "allows others)", name, &shape, "the first", x)
     return data
 
 

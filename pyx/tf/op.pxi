@@ -121,6 +121,10 @@ cdef void fail_shapes(Call* c, const char* message, const char* name1, const Sha
     fail(c, text)
 
 
+cdef inline bint same_dims(const Shape* a, const Shape* b) noexcept nogil:
+    return a.rank == b.rank and memcmp(a.dim, b.dim, a.rank * sizeof(int64_t)) == 0
+
+
 cdef inline void fill_nan(float* y, int64_t n) noexcept nogil:
     cdef int64_t i
     for i in range(n):

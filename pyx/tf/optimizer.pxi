@@ -75,8 +75,7 @@ cdef void* alike(Call* c, int i, const char* name, int dtype, const Shape* weigh
     cdef void* data = get_input(c, i, name, &shape)
     if ok(c) and tf.TensorType(c.held[c.held_count - 1]) != dtype:
         fail(c, "slots must be int16 where there are exponents, and else float")
-    if ok(c) and (shape.rank != weight.rank
-                  or memcmp(shape.dim, weight.dim, shape.rank * sizeof(int64_t))):
+    if ok(c) and not same_dims(&shape, weight):
         fail_shapes(c, "gradient and slots must have the shape of the weight", name, &shape,
                     "weight", weight)
     return data

@@ -55,7 +55,7 @@ cdef void compute_response(const char* name, const dfp_response* how, bint gradi
     check_rank(&c, "x", &x)
     if gradient:
         r.dy = <const float*>get_input(&c, 1, "dy", &dy)
-        if ok(&c) and (dy.rank != x.rank or memcmp(dy.dim, x.dim, x.rank * sizeof(int64_t))):
+        if ok(&c) and not same_dims(&dy, &x):
             fail_shapes(&c, "the gradient must have the shape of x", "dy", &dy, "x", &x)
     if ok(&c):
         r.y = <float*>set_output(&c, 0, TF_FLOAT, x.dim, x.rank)
