@@ -205,11 +205,8 @@ class Told:
     @property
     def losses(self) -> list[float]:
         """The loss of every step, where it is a number."""
-        return (
-            [loss for loss in self.progress.losses if math.isfinite(loss)]
-            if (self.progress)
-            else []
-        )
+        losses = self.progress.losses if self.progress else []
+        return [loss for loss in losses if math.isfinite(loss)]
 
     @property
     def last(self) -> Row:
@@ -298,7 +295,7 @@ def _expanded(folder: Path) -> list[Path]:
     if not folder.is_dir():
         what = "it is no folder" if os.path.lexists(folder) else "it does not exist"
         raise RunError(f"{shown(folder)} is not the folder of a run: {what}.")
-    if any((folder / name).exists() for name in ("run.json", "statistics.csv")):
+    if any((folder / name).exists() for name in ("run.json", TABLE)):
         return [folder]
     inner = [each.parent for each in folder.glob("seed*/*/run.json")]
     if inner:
@@ -323,7 +320,7 @@ def _read(number: int, name: str, folder: Path) -> Told:
     if (folder / "run.json").exists():
         facts = runs_.read(folder)
         progress = runs_.read_progress(folder)
-    if (folder / "statistics.csv").exists():
+    if (folder / TABLE).exists():
         statistics = read_statistics(folder / TABLE)
     return Told(number, name, folder, facts, progress, statistics)
 
