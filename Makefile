@@ -29,7 +29,7 @@ train: build/train.stamp build/native.stamp  ## Train a CNN on handwritten digit
 	$(BIN)/keras-dfp $(TRAIN)
 
 test: build/dev.stamp build/native.stamp  ## Run the tests (but those marked slow)
-	$(BIN)/python -m pytest $(TEST)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TEST)
 
 test-slow: build/dev.stamp build/native.stamp  ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow
