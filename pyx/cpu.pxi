@@ -4,6 +4,7 @@ cdef extern from "microkernels/table.h" nogil:
     ctypedef struct dfp_tile:
         const int16_t* a
         int64_t row_stride, pair_stride, rows
+        const int64_t* starts
         const int64_t* runs
         int64_t run
         const int16_t* b

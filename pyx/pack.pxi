@@ -19,6 +19,7 @@ cdef enum AKind:
     ROWS        # A[m, k] = data[m * ld + k], used where it lies in blocks of even length; k even
     COLUMNS     # A[m, k] = data[k * ld + m]
     PATCHES     # A[m, k]: position m, element k = (tap, channel) of the window
+    WINDOWS     # the same, read from a copy of the image's rows, whose windows overlap
     PATCHES_T   # A[m, k]: element m of the window, position k
     TAPS_T      # the same, the taps of a block of channels packed as one; m as element_of has it
 
@@ -28,12 +29,18 @@ cdef struct ASource:
     int64_t ld
     Window window
 
-# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride, or, where
-# its pairs lie in runs, at data + tiles[t].
+# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride, or at
+# data + tiles[t]; or each of its rows at data + starts[row], and it has the products of those runs
+# that meet the image.
+cdef struct Runs:
+    int64_t first, count
+
 cdef struct ABlock:
     const int16_t* data
     int64_t row_stride, pair_stride, tile_stride
     const int64_t* tiles
+    const int64_t* starts
+    const Runs* met             # by a tile
     const int64_t* runs
     int64_t run
 
@@ -69,6 +76,8 @@ cdef int16_t zero_row[MAX_NR]
 cdef inline int64_t a_block_bytes(ASource* a, int64_t mb, int64_t kb) noexcept nogil:
     if a.kind == ROWS and kb % 2 == 0:
         return 0
+    if a.kind == WINDOWS:
+        return windows_block_bytes(&a.window, mb)
     if a.kind == TAPS_T:
         return taps_block_bytes(&a.window, mb, kb)
     # PATCHES_T gathers two positions before it interleaves them.
@@ -398,6 +407,117 @@ cdef void interleave_row(const Window* v, const int16_t* image, int64_t item, in
         i += count
 
 
+# Windows that overlap: a pixel is copied once, for all that meet it, in rows as the image has them,
+# with its padding. A position is a start, and a kernel row (or a tap, where taps lie apart) a run.
+# What is copied at a time is a band: whole rows of positions of one image, or a part of one row.
+
+cdef inline bint windows_overlap(const Window* v) noexcept nogil:
+    """Or touch, in a plane, and few pixels lie between their taps."""
+    return (v.taps[0] == v.size[0] == v.positions[0] == 1 and v.offset[0] == 0
+            and v.taps[1] * v.taps[2] > 1
+            and v.step[1] <= reach(v, 1) + 1 and reach(v, 1) <= 2 * v.taps[1]
+            and v.step[2] <= reach(v, 2) + 1 and reach(v, 2) <= 2 * v.taps[2])
+
+
+cdef inline int64_t run_taps(const Window* v) noexcept nogil:
+    """Taps that are a run."""
+    return v.taps[2] if v.tap_step[2] == 1 else 1
+
+
+cdef inline int64_t pixels_met(const Window* v, int dim, int64_t positions) noexcept nogil:
+    """By so many positions in a row."""
+    return (positions - 1) * v.step[dim] + reach(v, dim) + 1
+
+
+cdef int64_t windows_block_bytes(const Window* v, int64_t mb) noexcept nogil:
+    cdef int64_t rows = mb // v.positions[2], images = (rows + v.positions[1] - 2) // v.positions[1]
+    cdef int64_t copied = rows * v.step[1] + (images + 3) * (reach(v, 1) + 1)
+    return (round_up(mb // kernel.mr * sizeof(Runs)
+                     + (mb + v.taps[1] * v.taps[2]) * sizeof(int64_t), ALIGN)
+            + (copied * pixels_met(v, 2, min(mb, v.positions[2])) * v.channels + 1)
+            * sizeof(int16_t))
+
+
+cdef void pack_windows(const Window* v, const int16_t* image, int64_t m0, int64_t mc,
+                       char* to, ABlock* block) noexcept nogil:
+    """All products of positions m0 .. m0 + mc."""
+    cdef int64_t together = run_taps(v), across = v.taps[2] // together
+    cdef int64_t line = pixels_met(v, 2, min(mc, v.positions[2])) * v.channels
+    cdef int64_t tiles = (mc + kernel.mr - 1) // kernel.mr, i, h, w, width, height
+    cdef Runs* met = <Runs*>to
+    cdef int64_t* starts = <int64_t*>(met + tiles)
+    cdef int64_t* runs = starts + mc
+    cdef int16_t* pixels = <int16_t*>(
+        to + round_up(<char*>(runs + v.taps[1] * across) - to, ALIGN))
+    cdef Place at = place_of(v.positions, m0)
+    block.data, block.met, block.starts, block.runs = pixels, met, starts, runs
+    block.run = round_up(together * v.channels, 2) // 2
+    block.row_stride, block.pair_stride, block.tile_stride = 0, 2, 0
+    for i in range(v.taps[1] * across):
+        runs[i] = (i // across * v.tap_step[1] * line
+                   + i % across * v.tap_step[2] * v.channels)
+    for i in range(tiles):
+        met[i].first, met[i].count = v.taps[1], 0
+    i = 0
+    while i < mc:
+        width = min(v.positions[2] - at.w, mc - i)
+        height = 1
+        if width == v.positions[2]:
+            height = min(v.positions[1] - at.h, (mc - i) // width)
+        for h in range(height):
+            meet_rows(v, at.h + h, met + i // kernel.mr, met + (i + width - 1) // kernel.mr)
+            for w in range(width):
+                starts[i + w] = (pixels - block.data) + (h * v.step[1] * line
+                                                         + w * v.step[2] * v.channels)
+            i += width
+        for h in range(pixels_met(v, 1, height)):
+            copy_row(v, image, &at, h, pixels_met(v, 2, width), pixels)
+            pixels += line
+        at.w += width
+        if at.w == v.positions[2]:
+            at.w, at.h = 0, at.h + height
+            if at.h == v.positions[1]:
+                at.h, at.item = 0, at.item + 1
+    for i in range(tiles):
+        met[i].count = max(met[i].count - met[i].first, <int64_t>0) * across
+        met[i].first = met[i].first * across if met[i].count else 0
+    # A run of odd length reads one more, where B has a zero.
+    pixels[0] = 0
+
+
+cdef inline void meet_rows(const Window* v, int64_t h, Runs* tile, const Runs* last) noexcept nogil:
+    """Widens the kernel rows from `first` to before `count`, of these tiles, by those that meet
+    the image from positions of row h."""
+    cdef int64_t first = 0, end = v.taps[1], pixel = h * v.step[1] + v.offset[1]
+    while first < end and not 0 <= pixel + first * v.tap_step[1] < v.size[1]:
+        first += 1
+    while first < end and not 0 <= pixel + (end - 1) * v.tap_step[1] < v.size[1]:
+        end -= 1
+    while tile <= last:
+        if first < end:
+            tile.first, tile.count = min(tile.first, first), max(tile.count, end)
+        tile += 1
+
+
+cdef void copy_row(const Window* v, const int16_t* image, const Place* at, int64_t row,
+                   int64_t count, int16_t* to) noexcept nogil:
+    """So many pixels, zeros beyond the image, of a row that the window at a position meets."""
+    cdef int64_t h = at.h * v.step[1] + v.offset[1] + row, w = at.w * v.step[2] + v.offset[2]
+    cdef int64_t left = clamp(-w, 0, count), right = clamp(v.size[2] - w, left, count)
+    if not 0 <= h < v.size[1]:
+        left = right = count
+    zero_s16(to, left * v.channels)
+    zero_s16(to + right * v.channels, (count - right) * v.channels)
+    if left == right:
+        return
+    image += ((at.item * v.size[1] + h) * v.size[2] + w + left) * v.pixel
+    to += left * v.channels
+    if v.channels == v.pixel:
+        memcpy(to, image, (right - left) * v.channels * sizeof(int16_t))
+    else:
+        kernel.copy_rows(image, v.pixel, right - left, v.channels, to, v.channels)
+
+
 cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
                  int16_t* to, ABlock* block) noexcept nogil:
     """Makes rows m0 .. m0 + mc and products k0 .. k0 + kc of A readable for the microkernel."""
@@ -407,7 +527,7 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
     cdef int16_t* even
     cdef int16_t* odd
     block.data = to
-    block.tiles = block.runs = NULL
+    block.tiles = block.starts = block.runs = NULL
     block.run = 0
     if s.kind == ROWS and kc % 2:
         # The last pair would reach into the next row, or past the last: a chain of odd length.
@@ -438,6 +558,8 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
         if kc % 2:
             for i in range(mc):
                 to[i * stride + kc] = 0
+    elif s.kind == WINDOWS:
+        pack_windows(&s.window, data, m0, mc, <char*>to, block)
     elif s.kind == TAPS_T:
         pack_taps_t(&s.window, data, m0, mc, k0, kc, <int64_t*>to, block)
     else:

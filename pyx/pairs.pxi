@@ -25,6 +25,8 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
             plan_taps(g)
     if g.spill:
         plan_spill(g, limit)
+    elif g.a.kind == PATCHES and g.kb == g.k and g.m > 0:
+        plan_windows(g)
     g.pairs.long_chain = g.pairs.chain
     if not g.spill and g.exponents.shifts.more:
         g.pairs.long_chain = safe_chain(g.a_bits, g.b_bits - 1, 65535) // 2 * 2
@@ -49,6 +51,25 @@ cdef void plan_taps(Gemm* g) noexcept nogil:
         return
     g.a.kind, g.kb, g.position = TAPS_T, kb, taps_position
     g.mb = taps * round_up((v.channels + blocks - 1) // blocks, g.mr)
+
+
+cdef void plan_windows(Gemm* g) noexcept nogil:
+    """Windows that overlap are read in place of patches."""
+    cdef Window* v = &g.a.window
+    cdef BSource* b = &g.b
+    cdef int64_t together = run_taps(v), run = together * v.channels
+    if not windows_overlap(v):
+        return
+    if run % 2:
+        # Pairs end with a run: there is one more zero in B.
+        if together > 1:
+            if b.jump[2] != 1 or b.tap_stride != v.channels * b.k_stride:
+                return
+            b.channels, b.tap_stride = run, run * b.k_stride
+            b.taps[2] = b.size[2] = 1
+        b.padded = run + 1
+        g.k = g.kb = g.pairs.segment = v.taps[1] * (v.taps[2] // together) * b.padded
+    g.a.kind = WINDOWS
 
 
 cdef int64_t taps_position(Gemm* g, int64_t row) noexcept nogil:
@@ -162,8 +183,10 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
     cdef int64_t t, rows, cols = min(nr, block.nc - panel * nr)
     cdef bint direct, fast
     cdef char* acc
+    cdef const Runs* met
     cdef dfp_tile tile
     tile.row_stride, tile.pair_stride = a.row_stride, a.pair_stride
+    tile.starts = NULL
     tile.runs, tile.run = a.runs, a.run
     tile.b = b
     tile.pairs, tile.segment, tile.chain = pairs, segment, (block.chain + 1) // 2
@@ -176,6 +199,12 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         rows = min(mr, block.mc - t * mr)
         acc = block.acc + ((panel * (g.mb // mr) + t) * g.tile_bytes if g.carry else 0)
         tile.a = a.data + (t * a.tile_stride if a.tiles == NULL else a.tiles[t])
+        if a.starts != NULL:
+            tile.starts = a.starts + t * mr
+            met = a.met + t
+            tile.runs = a.runs + met.first
+            tile.b = b + met.first * a.run * 2 * nr
+            tile.pairs = met.count * a.run
         tile.rows = rows
         tile.acc = <int32_t*>acc
         tile.resume = not block.first

@@ -846,6 +846,13 @@ CASES = {
     "shared taps, groups": Case((9, 40), (5, 4), 32, 6, groups=2, padding="same", batch=4),
     "shared taps, column": Case((40, 16), (3, 1), 16, 9, padding=((3, 1), (0, 0)), batch=2),
     "shared taps, 1d": Case((700,), (4,), 8, 5, padding="same"),
+    # Windows read from a copy of the image: parts of rows, blocks of several images, and runs of an
+    # odd length, by kernel row and by tap.
+    "windows, long rows": Case((4, 600), (3, 3), 4, 6, padding="same"),
+    "windows, small images": Case((7, 9), (3, 3), 6, 34, padding="same", batch=20),
+    "windows, odd rows": Case((40, 30), (3, 5), 3, 33, (2, 3), padding="same", batch=2),
+    "windows, odd taps": Case((9, 30), (3, 3), 5, 6, dilations=(1, 2), padding="same"),
+    "windows, wide padding": Case((12, 11), (3, 4), 6, 7, padding=((7, 8), (9, 5)), batch=3),
     # Images of an odd number of pixels: pairs of products belong to two, and tiles to several.
     "odd images": Case((7, 7), (3, 3), 4, 6, padding="same", batch=5),
     "odd images, 1x1": Case((7, 7), (1, 1), 64, 70, batch=4),

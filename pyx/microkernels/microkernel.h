@@ -7,7 +7,8 @@
  *   A    row i, pair p (products 2p and 2p+1): a[i * row_stride + p * pair_stride + {0, 1}].
  *        Only `rows` rows exist; a microkernel reads row rows-1 in place of the missing ones.
  *        Where there are `runs` (exact mode only), pairs lie in runs of `run`, the last one perhaps
- *        shorter: pair p at runs[p / run] + p % run * pair_stride.
+ *        shorter: pair p at runs[p / run] + p % run * pair_stride. Where there are `starts`, row i
+ *        begins at a + starts[i] in place of i * row_stride.
  *   B    panel [pairs][nr][2], aligned to 4 * nr bytes (64 at most), zeros where K is odd or
  *        columns are missing.
  *   K    `pairs` is a multiple of `segment`; chains restart at every segment (kernel positions in
@@ -35,6 +36,7 @@
 typedef struct {
     const int16_t *a;
     int64_t row_stride, pair_stride, rows;
+    const int64_t *starts; /* or NULL */
     const int64_t *runs; /* or NULL */
     int64_t run;
     const int16_t *b;

@@ -22,8 +22,10 @@ static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, p
                                : first * t->pair_stride;
     portable_u32x4 sum[PORTABLE_MR][PORTABLE_LANES / 4];
     memcpy(sum, acc, sizeof sum);
-    for (int i = 0; i < PORTABLE_MR; i++)
-        a[i] = t->a + (i < t->rows ? i : t->rows - 1) * t->row_stride + at;
+    for (int i = 0; i < PORTABLE_MR; i++) {
+        const int64_t row = i < t->rows ? i : t->rows - 1;
+        a[i] = t->a + (t->starts ? t->starts[row] : row * t->row_stride) + at;
+    }
     for (int64_t p = 0; p < n; p++, b += PORTABLE_LANES)
         for (int i = 0; i < PORTABLE_MR; i++) {
             const int32_t pair = load_s32(a[i] + p * t->pair_stride);

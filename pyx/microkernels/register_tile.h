@@ -20,8 +20,10 @@
 #define OPEN_TILE                                                                \
     const int16_t *a[MR], *b = t->b;                                             \
     int64_t at = 0;                                                              \
-    UNROLL for (int i = 0; i < MR; i++)                                          \
-        a[i] = t->a + (i < t->rows ? i : t->rows - 1) * t->row_stride;           \
+    UNROLL for (int i = 0; i < MR; i++) {                                        \
+        const int64_t row = i < t->rows ? i : t->rows - 1;                       \
+        a[i] = t->a + (t->starts ? t->starts[row] : row * t->row_stride);           \
+    }                                                                            \
     VI acc[MR][TILE_NV];
 
 TARGET static void TILE(gemm_s16_exact)(const dfp_tile *t) {
