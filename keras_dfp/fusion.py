@@ -12,7 +12,8 @@ a chain in one pass (`DfpNormalize`, `DfpNormalizeSums`, `DfpNormalizeGradient`,
 and outputs than a step has) and lets the readers of a chain read these. TensorFlow drops what is
 not read any more: a float that only a chain reads is never made. Afterwards all edges are put back,
 so that the graph can be differentiated as before. A bias right after a product is added by the
-product (`DfpConvBias`, `DfpMatmulBias`), and its gradient summed by what quantizes.
+product (`DfpConvBias`, `DfpMatmulBias`), its gradient summed by what quantizes; and where the float
+of a ReLU after it is read, by a pooling perhaps, the product clips what it stores.
 
 A fused op does the arithmetic of the steps, in their order, each operation rounded as theirs is. So
 it changes no bit, and there is nothing to fuse where there is no graph.
@@ -36,6 +37,8 @@ _CLIPS = {"Relu": "relu", "Relu6": "relu6"}
 # Ops that ask for a tensor's sizes and not for what is in it.
 SIZES = ("Shape", "ShapeN", "Size", "Rank")
 _MASKS = {"ReluGrad": "relu", "Relu6Grad": "relu6"}
+# The products that add a bias as they store their result.
+_WITH_BIAS = {"DfpConv": lib.dfp_conv_bias, "DfpMatmul": lib.dfp_matmul_bias}
 # What a DfpNormalizeGradient takes: tensors that it adds, channels that it sums.
 _MOST_PARTS = 8
 _MOST_CHANNELS = 4096
@@ -162,6 +165,9 @@ class _Rewriting:
                     self._fuse_gradient(op)
             for new, arguments in self._again:
                 self._compute_again(new, arguments)
+            for op in ops:
+                if op.type in _CLIPS:
+                    self._fuse_clip(op)
             self._place_tokens()
 
     def undo(self):
@@ -242,7 +248,7 @@ class _Rewriting:
             return
         x, bias = op.inputs
         product = x.op
-        make = {"DfpConv": lib.dfp_conv_bias, "DfpMatmul": lib.dfp_matmul_bias}.get(product.type)
+        make = _WITH_BIAS.get(product.type)
         if (
             make is None
             or self._readers_of(x) != [(op, 0)]
@@ -250,12 +256,37 @@ class _Rewriting:
             or (product.type == "DfpConv" and product.get_attr("depthwise"))
         ):
             return
-        attrs = {a.name: product.get_attr(a.name) for a in product.op_def.attr}
         with self._in_place_of(product):
-            y = make(*product.inputs, bias=bias, **attrs)
+            y = make(*product.inputs, bias=bias, **_attrs_of(product))
         y.set_shape(x.shape)
         self._register(y.op)
         self._redirect(op.outputs[0], y)
+
+    def _fuse_clip(self, op):
+        """Lets a product that adds a bias clip what it stores.
+
+        That is what the ReLU's own gradient may read as well: it asks where its input is above 0
+        (and from 6 on), and there clipping changes nothing.
+        """
+        x, y = op.inputs[0], op.outputs[0]
+        product, clip = x.op, _CLIPS[op.type]
+        make = _WITH_BIAS.get(product.type.removesuffix("Bias"))
+        readers = [reader for reader in self._readers_of(x) if reader[0] is not op]
+        if (
+            make is None
+            or not product.type.endswith("Bias")
+            or not self._is_read(op)
+            or id(x) in self._results
+            or id(y) in self._results
+            or not all(_is_masked_by(*reader, clip) for reader in readers)
+        ):
+            return
+        with self._in_place_of(op):
+            new = make(*product.inputs, **{**_attrs_of(product), "clip": clip})
+        new.set_shape(x.shape)
+        self._register(new.op)
+        self._redirect(y, new)
+        self._redirect(x, new, readers)
 
     def _fuse_forward(self, y):
         """Computes what comes from a chain of steps in one pass: for products, and for others."""
@@ -464,6 +495,21 @@ class _Rewriting:
                 if op.get_attr("n_norm") == 0:
                     return op
         return None
+
+
+def _attrs_of(op) -> dict:
+    return {a.name: op.get_attr(a.name) for a in op.op_def.attr}
+
+
+def _is_masked_by(op, index, clip) -> bool:
+    """Tells whether an op reads an input only to ask where the gradient of a clip is not zero."""
+    if op.type not in ("DfpNormalizeGradient", "DfpNormalizeSums"):
+        return False
+    return (
+        op.get_attr("n_mask_map") == 1
+        and index == op.get_attr("n_parts")
+        and op.get_attr("clip").decode() == clip
+    )
 
 
 def _is_step(op) -> bool:

@@ -5,6 +5,10 @@
 # Sums are doubles in a fixed order: an image's pixels in blocks of SUM_PIXELS, each from zero and
 # pixel by pixel; the blocks are added in order, image by image.
 
+# What a ReLU leaves: 0 to infinity, or to 6.
+cdef struct Clip:
+    float low, high
+
 cdef enum:
     SUM_CHANNELS = 128          # whose partials one task adds
     SUM_WORK = 65536            # elements a task reads, about
@@ -258,9 +262,16 @@ cdef void apply(Apply* a) noexcept nogil:
     parallel_for(apply_task, a, (a.total + SUM_WORK - 1) // SUM_WORK, pass_threads(a.total))
 
 
-cdef void add_bias_in_place(float* y, int64_t rows, int64_t n, const float* bias) noexcept nogil:
+cdef inline float clipped(float v, const Clip* to) noexcept nogil:
+    """NaN stays NaN."""
+    v = to.low if v < to.low else v
+    return to.high if v > to.high else v
+
+
+cdef void add_bias_in_place(float* y, int64_t rows, int64_t n, const float* bias,
+                            const Clip* clip) noexcept nogil:
     """For results that no product computes: empty sums, and those of single channels."""
     cdef int64_t r, c
     for r in range(rows):
         for c in range(n):
-            y[r * n + c] += bias[c]
+            y[r * n + c] = clipped(y[r * n + c] + bias[c], clip)

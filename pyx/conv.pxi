@@ -23,6 +23,7 @@ cdef struct Conv:
     int64_t a_bits, b_bits      # of the pass's two operands, b aligned
     Exponents exponents         # of the pass; rows and products are counted in images
     const float* bias           # of the output, or NULL
+    Clip clip
     bint spill
 
 
@@ -83,7 +84,7 @@ cdef void forward_plan(const Conv* v, Gemm* g, const int16_t* x, const int16_t* 
     rows_of_window(g)
     g.m, g.n = v.batch * volume(v.output), filters
     g.a_batch, g.b_batch, g.c.batch, g.c.ld = channels, filters, filters, v.filters
-    g.c.bias, g.c.bias_batch = v.bias, filters
+    g.c.bias, g.c.bias_batch, g.c.clip = v.bias, filters, v.clip
     g.b.k_stride, g.b.n_stride = v.filters, 1
     g.b.channels, g.b.padded = channels, g.a.window.padded
     g.b.tap_stride = channels * v.filters

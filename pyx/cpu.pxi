@@ -16,6 +16,7 @@ cdef extern from "microkernels/table.h" nogil:
         const float* row_scale
         const float* column_scale
         const float* bias
+        float low, high
         bint stream
     ctypedef struct dfp_patch:
         const int16_t** x
@@ -55,6 +56,7 @@ cdef extern from "microkernels/table.h" nogil:
         const float* row_scale
         const float* column_scale
         const float* bias
+        float low, high
         int products
         bint stream
     ctypedef struct dfp_digits:

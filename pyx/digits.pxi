@@ -278,6 +278,7 @@ cdef void multiply_tile(Gemm* g, Block* block, dfp_digit_tile* tile, dfp_digit_r
             rows.column_scale = block.column_scale + panel * g.nr
         if block.bias != NULL:
             rows.bias = block.bias + panel * g.nr
+            rows.low, rows.high = g.c.clip.low, g.c.clip.high
     else:
         round_tile(g, block, t * g.mr, panel * g.nr, acc)
         store_tile(g, block, t * g.mr, panel * g.nr, min(g.mr, block.mc - t * g.mr), cols)

@@ -10,7 +10,7 @@
 # plan.pxi chooses.
 #
 # A task computes a block of mb rows and nb columns. It packs the block of A (pack.pxi; rows of an
-# image are gathered here, im2col exists only block by block), packs its panels of B unless all of
+# image are copied or gathered here, im2col exists only block by block), packs its panels of B unless all of
 # B was packed beforehand, and runs the microkernel tile by tile, panel after panel. Long K is cut
 # into blocks of kb products; partial sums wait in `acc`, tile by tile.
 
@@ -29,6 +29,7 @@ cdef struct CTarget:
     Scatter rows
     const float* bias           # of the columns, or NULL
     int64_t bias_batch
+    Clip clip                   # of what it is added to
 
 # What a driver's plan needs besides: pairs.pxi,
 cdef struct Pairs:
@@ -294,7 +295,7 @@ cdef void round_tile(Gemm* g, Block* block, int64_t m, int64_t n, char* acc) noe
         out[i] = dfp_round(total, scale)
     if block.bias != NULL:
         for i in range(g.tile_values):
-            out[i] += block.bias[n + i % columns]
+            out[i] = clipped(out[i] + block.bias[n + i % columns], &g.c.clip)
 
 
 cdef void store_tile(Gemm* g, Block* block, int64_t m, int64_t n, int64_t rows,
@@ -331,4 +332,4 @@ cdef void clear_block(Gemm* g, Block* block) noexcept nogil:
             if block.column_scale != NULL:
                 row[j] *= block.column_scale[j]
             if block.bias != NULL:
-                row[j] += block.bias[j]
+                row[j] = clipped(row[j] + block.bias[j], &g.c.clip)

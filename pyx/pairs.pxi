@@ -191,6 +191,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
     tile.b = b
     tile.pairs, tile.segment, tile.chain = pairs, segment, (block.chain + 1) // 2
     tile.column_scale = tile.bias = NULL
+    tile.low, tile.high = g.c.clip.low, g.c.clip.high
     if block.column_scale != NULL:
         tile.column_scale = block.column_scale + panel * nr
     if block.bias != NULL:

@@ -171,6 +171,17 @@ def possible(case):
     return fits and max(math.prod(output), math.prod(case.input_shape)) <= MOST and max(reach) < FAR
 
 
+def biased(draw, arguments, n, truth):
+    """Draws a bias for n columns, and a clip, and returns what they make of the result."""
+    arguments["bias"] = draw.floats(n)
+    arguments["clip"] = draw.one_of("none", "relu", "relu6")
+    with np.errstate(all="ignore"):
+        truth = truth + arguments["bias"]
+    if arguments["clip"] != "none":
+        truth = np.where(truth < 0, np.float32(0), truth)
+    return np.where(truth > 6, np.float32(6), truth) if arguments["clip"] == "relu6" else truth
+
+
 def convolution(which, bias=False):
     def draw_one(draw):
         case = geometry(draw)
@@ -195,9 +206,7 @@ def convolution(which, bias=False):
         arguments |= dict(case.attributes, accumulation=accumulation)
         arguments |= dict(zip(("x_bits", "w_bits", "dy_bits"), bits, strict=True))
         if bias:
-            arguments["bias"] = draw.floats(shapes[2][-1])
-            with np.errstate(all="ignore"):
-                truth = truth + arguments["bias"]
+            truth = biased(draw, arguments, shapes[2][-1], truth)
         return arguments, {("y", "dx", "dw")[which]: truth}
 
     return draw_one
@@ -232,9 +241,7 @@ def matmul(bias=False):
         arguments |= dict(a_bits=bits[0], b_bits=bits[1], transpose_a=ta, transpose_b=tb)
         arguments["accumulation"] = accumulation
         if bias:
-            arguments["bias"] = draw.floats(n)
-            with np.errstate(all="ignore"):
-                truth = truth + arguments["bias"]
+            truth = biased(draw, arguments, n, truth)
         return arguments, {"y": truth}
 
     return draw_one

@@ -1023,9 +1023,20 @@ BIASED = (
 )  # fmt: skip
 
 
+CLIPS = {"none": np.asarray, "relu": tf.nn.relu, "relu6": tf.nn.relu6}
+
+
+def some_biases(rng, n):
+    """Some that clip, some that do not, and one that is no number."""
+    bias = (4 * rng.standard_normal(n)).astype(np.float32)
+    bias[: n // 8] = np.nan
+    return bias
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", BIASED)
 def test_a_bias_is_added_to_the_rounded_result(name, isa):
+    """And the sum clipped, as TensorFlow does it."""
     case = CASES[name]
     rng = np.random.default_rng(3)
     x = mantissas(rng, case.input_shape, 14, "random")
@@ -1036,9 +1047,14 @@ def test_a_bias_is_added_to_the_rounded_result(name, isa):
         attributes = dict(passes.attributes, accumulation=accumulation)
         with running(isa, 2, small=0):
             y = lib.dfp_conv(**passes.x, **passes.w, **attributes).numpy()
-            bias = rng.standard_normal(y.shape[-1:]).astype(np.float32)
-            result = lib.dfp_conv_bias(**passes.x, **passes.w, bias=bias, **attributes)
-        assert_same_bits(result, y + bias, f"{name}, {accumulation}")
+            bias = some_biases(rng, y.shape[-1])
+            for clip, clipped in CLIPS.items():
+                result = lib.dfp_conv_bias(
+                    **passes.x, **passes.w, bias=bias, clip=clip, **attributes
+                )
+                assert_same_bits(
+                    result, np.asarray(clipped(y + bias)), f"{name}, {accumulation}, {clip}"
+                )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -1050,11 +1066,14 @@ def test_a_bias_is_added_to_a_matrix_product(shape, isa):
         a=mantissas(rng, (2, m, k), 14, "random"), a_exponent=np.int32(-300), a_token=TOKEN,
         b=mantissas(rng, (2, k, n), 14, "random"), b_exponent=np.int32(170), b_token=TOKEN,
     )  # fmt: skip
-    bias = rng.standard_normal(n).astype(np.float32)
+    bias = some_biases(rng, n)
     for accumulation in ("exact", "spill"):
         with running(isa, 3, small=0):
             y = lib.dfp_matmul(**operands, accumulation=accumulation).numpy()
-            result = lib.dfp_matmul_bias(**operands, bias=bias, accumulation=accumulation)
-        assert_same_bits(result, y + bias, accumulation)
+            for clip, clipped in CLIPS.items():
+                result = lib.dfp_matmul_bias(
+                    **operands, bias=bias, accumulation=accumulation, clip=clip
+                )
+                assert_same_bits(result, np.asarray(clipped(y + bias)), f"{accumulation}, {clip}")
     with pytest.raises(Exception, match=f"bias must have {n} elements; got {n + 1}"):
         lib.dfp_matmul_bias(**operands, bias=np.zeros(n + 1, np.float32))

@@ -276,7 +276,11 @@ amx_finish_rows(dfp_digit_rows *e, int64_t count) {
             __m512 y = e->products == 3 ? amx_round(hh, mid, ll, 7, scale)
                                         : amx_round(hh, mid, ll, 8, scale);
             if (e->column_scale) y = _mm512_mul_ps(y, _mm512_loadu_ps(e->column_scale + j * 16));
-            if (e->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(e->bias + j * 16));
+            if (e->bias) {
+                y = _mm512_add_ps(y, _mm512_loadu_ps(e->bias + j * 16));
+                y = _mm512_max_ps(_mm512_set1_ps(e->low), y);
+                y = _mm512_min_ps(_mm512_set1_ps(e->high), y);
+            }
             float *c = e->c + e->row[i] + j * 16;
             const int64_t left = e->cols - j * 16;
             if (left >= 16 && e->stream) _mm512_stream_ps(c, y);

@@ -20,6 +20,7 @@
 #define F_FROM(v) _mm256_cvtepi32_ps(v)
 #define F_ADD(a, b) _mm256_add_ps(a, b)
 #define F_MUL(a, b) _mm256_mul_ps(a, b)
+#define F_CLIP(f, low, high) _mm256_min_ps(high, _mm256_max_ps(low, f))
 #define F_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define F_SET1(x) _mm256_set1_ps(x)
 #define F_ZERO() _mm256_setzero_ps()

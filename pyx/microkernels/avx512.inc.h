@@ -20,6 +20,7 @@
 #define F_FROM(v) _mm512_cvtepi32_ps(v)
 #define F_ADD(a, b) _mm512_add_ps(a, b)
 #define F_MUL(a, b) _mm512_mul_ps(a, b)
+#define F_CLIP(f, low, high) _mm512_min_ps(high, _mm512_max_ps(low, f))
 #define F_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define F_SET1(x) _mm512_set1_ps(x)
 #define F_ZERO() _mm512_setzero_ps()

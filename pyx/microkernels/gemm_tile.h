@@ -15,6 +15,7 @@
  *   F_FROM(v)         int32 to float, nearest-even
  *   F_STREAM(p, f)    store past the caches, p aligned to a vector
  *   F_ADD, F_MUL, F_FMA(a, b, c), F_SET1, F_STOREU(p, f), F_LOADU(p), F_ZERO()
+ *   F_CLIP(f, low, high)   f < low ? low : f, and f > high ? high : f
  * and, where V_DOT is worth interleaving pairs for (depthwise.h), all or none of
  *   V_ZIPLO(a, b), V_ZIPHI(a, b)     a0 b0 a1 b1 .. of int16: half of each 128-bit part
  *   V_FIRST(lo, hi), V_SECOND(lo, hi)   int32 lanes that V_DOT made of them, back in order
@@ -107,6 +108,7 @@ static const dfp_kernel DFP_CAT(dfp_kernel__, ISA) = {
 #undef F_ADD
 #undef F_MUL
 #undef F_FMA
+#undef F_CLIP
 #undef F_SET1
 #undef F_ZERO
 #undef F_LOADU

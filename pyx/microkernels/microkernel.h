@@ -25,7 +25,8 @@
  * c[i * ldc + j]. The caller guarantees that |v|, and every sum of some of its products, is below
  * 2**47, and that neither a scale nor a nonzero result of either multiplication is subnormal, nor
  * that of the first infinite where that of both is not. A scale may be NaN, and so is then what it
- * multiplies. Then bias[j] is added, unless it is NULL. If `c` is NULL, the sum goes to acc.
+ * multiplies. Unless bias is NULL, bias[j] is added then, and the result clipped to low .. high, NaN
+ * staying NaN. If `c` is NULL, the sum goes to acc.
  *        With `stream`, c and ldc are multiples of 64 bytes, and the stores may go past the caches.
  */
 #ifndef DFP_MICROKERNEL_H
@@ -46,6 +47,7 @@ typedef struct {
     float *c;
     int64_t ldc;
     const float *row_scale, *column_scale, *bias;
+    float low, high;
     int stream;
 } dfp_tile;
 
@@ -135,13 +137,14 @@ typedef struct {
 } dfp_digit_tile;
 
 /* Rows of a tile whose sums are complete: row i, rounded once and scaled, goes to c[row[i] + j],
- * j < cols, unless row[i] is negative. Scales, bias and `stream` as in dfp_tile. */
+ * j < cols, unless row[i] is negative. Scales, bias, its bounds and `stream` as in dfp_tile. */
 typedef struct {
     const int32_t *sums;
     float *c;
     const int64_t *row;
     int64_t next, rows, cols;
     const float *row_scale, *column_scale, *bias;
+    float low, high;
     int products, stream;
 } dfp_digit_rows;
 

@@ -32,6 +32,7 @@
 #define F_FROM(v) vcvtq_f32_s32(v)
 #define F_ADD(a, b) vaddq_f32(a, b)
 #define F_MUL(a, b) vmulq_f32(a, b)
+#define F_CLIP(f, low, high) neon_clip(f, low, high)
 #define F_FMA(a, b, c) vfmaq_f32(c, a, b)
 #define F_SET1(x) vdupq_n_f32(x)
 #define F_ZERO() vdupq_n_f32(0.0f)
@@ -49,6 +50,11 @@ static inline int32x4_t neon_pair(const int16_t *p) {
     int32x4_t pair;
     __asm__("ldr %s0, %1" : "=w"(pair) : "m"(*(const int16_t(*)[2])p));
     return pair;
+}
+
+static inline float32x4_t neon_clip(float32x4_t f, float32x4_t low, float32x4_t high) {
+    f = vbslq_f32(vcltq_f32(f, low), low, f);
+    return vbslq_f32(vcgtq_f32(f, high), high, f);
 }
 
 #include "gemm_tile.h"

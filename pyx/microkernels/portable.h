@@ -48,7 +48,10 @@ static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, p
 static inline float portable_scaled(const dfp_tile *t, int i, int j, float sum) {
     sum *= t->row_scale[i];
     if (t->column_scale) sum *= t->column_scale[j];
-    return t->bias ? sum + t->bias[j] : sum;
+    if (!t->bias) return sum;
+    sum += t->bias[j];
+    sum = sum < t->low ? t->low : sum;
+    return sum > t->high ? t->high : sum;
 }
 
 static void gemm_s16_exact__portable(const dfp_tile *t) {

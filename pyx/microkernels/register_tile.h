@@ -65,7 +65,8 @@ TARGET static void TILE(gemm_s16_exact)(const dfp_tile *t) {
         UNROLL for (int j = 0; j < TILE_NV; j++) {
             VF y = F_MUL(F_ROUND(hi[i][j], acc[i][j]), scale);
             if (t->column_scale) y = F_MUL(y, F_LOADU(t->column_scale + j * LANES));
-            if (t->bias) y = F_ADD(y, F_LOADU(t->bias + j * LANES));
+            if (t->bias)
+                y = F_CLIP(F_ADD(y, F_LOADU(t->bias + j * LANES)), F_SET1(t->low), F_SET1(t->high));
             STORE_F(t->c + i * t->ldc + j * LANES, y);
         }
     }
@@ -96,7 +97,8 @@ TARGET static void TILE(gemm_s16_spill)(const dfp_tile *t) {
         UNROLL for (int j = 0; j < TILE_NV; j++) {
             VF y = F_MUL(sum[i][j], scale);
             if (t->column_scale) y = F_MUL(y, F_LOADU(t->column_scale + j * LANES));
-            if (t->bias) y = F_ADD(y, F_LOADU(t->bias + j * LANES));
+            if (t->bias)
+                y = F_CLIP(F_ADD(y, F_LOADU(t->bias + j * LANES)), F_SET1(t->low), F_SET1(t->high));
             STORE_F(t->c + i * t->ldc + j * LANES, y);
         }
     }

@@ -253,7 +253,8 @@ cdef enum Padding:
 cdef struct Attrs:
     int64_t a_bits, b_bits          # of the two operands in the order of the op's inputs
     bint spill
-    bint bias                       # is there one, after the operands?
+    bint bias                       # is there one, after the operands,
+    Clip clip                       # of what it is added to?
     Rounding rounding               # of DfpQuantize
     int64_t seed, tensor_id, group_axes, n_counts
     char site[200]                  # whose numbers these are, or empty

@@ -20,7 +20,8 @@ cdef extern from *:
     #define DFP_CONV_SIGNATURE  \\
         DFP_OPERAND("x") "; " DFP_OPERAND("w") " -> y: float | " DFP_CONV_ATTRS
     #define DFP_CONV_BIAS_SIGNATURE  \\
-        DFP_OPERAND("x") "; " DFP_OPERAND("w") "; bias: float -> y: float | " DFP_CONV_ATTRS
+        DFP_OPERAND("x") "; " DFP_OPERAND("w") "; bias: float -> y: float | " DFP_CONV_ATTRS  \\
+        "; " DFP_CLIP_ATTR
     #define DFP_CONV_INPUT_SIGNATURE  \\
         "input_sizes: int32; " DFP_OPERAND("w") "; " DFP_OPERAND("dy") " -> dx: float | "  \\
         DFP_CONV_ATTRS
@@ -111,7 +112,7 @@ cdef void* conv_create(TF_OpKernelConstruction* k) noexcept nogil:
 
 cdef void* conv_bias_create(TF_OpKernelConstruction* k) noexcept nogil:
     cdef Attrs* a = <Attrs*>conv_create(k)
-    a.bias = True
+    bias_attrs(k, a)
     return a
 
 
@@ -253,14 +254,14 @@ cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* 
     elif v.batch * volume(v.output) == 0 or v.channels == 0 or v.filters == 0:
         clear_images(v, which, out, n)
         if v.bias != NULL and v.filters:
-            add_bias_in_place(out, n // v.filters, v.filters, v.bias)
+            add_bias_in_place(out, n // v.filters, v.filters, v.bias, &v.clip)
     elif by_channel(v, which):
         depthwise_plan(&z, v, which, a, b, out)
         scratch = get_scratch(c, depthwise_bytes(&z))
         if ok(c):
             depthwise_run(&z, scratch)
             if v.bias != NULL:
-                add_bias_in_place(out, n // v.filters, v.filters, v.bias)
+                add_bias_in_place(out, n // v.filters, v.filters, v.bias, &v.clip)
     elif which == INPUT_GRADIENT:
         for phase[0] in range(min(v.stride[0], v.input[0])):
             for phase[1] in range(min(v.stride[1], v.input[1])):
@@ -313,6 +314,7 @@ cdef void conv_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
     get_exponents(&c, 4, "w_exponent", 1, &ew)
     if t.bias:
         v.bias = <const float*>sized_input(&c, 6, "bias", v.filters)
+        v.clip = t.clip
     out = <float*>set_output(&c, 0, TF_FLOAT, y.dim, y.rank) if ok(&c) else NULL
     run_conv(&c, t, &v, FORWARD, qx, &ex, qw, &ew, out, elements(y.dim, y.rank) if ok(&c) else 0)
     add_time(t, start)

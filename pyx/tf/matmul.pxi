@@ -16,7 +16,8 @@ cdef extern from *:
     #define DFP_MATMUL_SIGNATURE  \\
         DFP_OPERAND("a") "; " DFP_OPERAND("b") " -> y: float | " DFP_MATMUL_ATTRS
     #define DFP_MATMUL_BIAS_SIGNATURE  \\
-        DFP_OPERAND("a") "; " DFP_OPERAND("b") "; bias: float -> y: float | " DFP_MATMUL_ATTRS
+        DFP_OPERAND("a") "; " DFP_OPERAND("b") "; bias: float -> y: float | " DFP_MATMUL_ATTRS  \\
+        "; " DFP_CLIP_ATTR
     """
     const char* MATMUL_SIGNATURE "DFP_MATMUL_SIGNATURE"
     const char* MATMUL_BIAS_SIGNATURE "DFP_MATMUL_BIAS_SIGNATURE"
@@ -51,7 +52,7 @@ cdef void* matmul_create(TF_OpKernelConstruction* k) noexcept nogil:
 
 cdef void* matmul_bias_create(TF_OpKernelConstruction* k) noexcept nogil:
     cdef Attrs* a = <Attrs*>matmul_create(k)
-    a.bias = True
+    bias_attrs(k, a)
     return a
 
 
@@ -95,6 +96,7 @@ cdef void matmul_compute(void* attrs, TF_OpKernelContext* context) noexcept nogi
     matrix_exponents(&c, 4, "b_exponent", &b, g.batch, &eb)
     if t.bias:
         g.c.bias = <const float*>sized_input(&c, 6, "bias", g.n)
+        g.c.clip = t.clip
     if ok(&c):
         n = elements(y.dim, y.rank)
     if n and (ea.count > 1 or eb.count > 1):

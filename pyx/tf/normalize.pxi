@@ -15,8 +15,7 @@ cdef void register_normalize(TF_Status* st) noexcept nogil:
 
 cdef extern from *:
     """
-    #define DFP_CLIP_ATTRS  \\
-        "clip: {'none', 'relu', 'relu6'} = 'none'; epsilon: float = 0"
+    #define DFP_CLIP_ATTRS DFP_CLIP_ATTR "; epsilon: float = 0"
     #define DFP_NORMALIZE_SIGNATURE  \\
         "x: float; parameters: n_parameters * float; residual: n_residual * float; "  \\
         "bounds: n_bounds * float; step: n_step * int64 -> "  \\
@@ -48,7 +47,7 @@ cdef extern from *:
 cdef struct NormalizeAttrs:
     Attrs quantize
     float epsilon, mask_epsilon
-    bint relu, relu6
+    Clip clip
     bint want_y, want_q, want_mask, want_doffset
     # How many tensors each list has.
     int parameters, residual, bounds, step
@@ -109,9 +108,7 @@ cdef int count_attr(TF_OpKernelConstruction* k, const char* name, int64_t allowe
 
 
 cdef void clip_attrs(TF_OpKernelConstruction* k, NormalizeAttrs* a, TF_Status* st) noexcept nogil:
-    cdef char text[32]
-    text_attr(k, "clip", text, sizeof(text), st)
-    a.relu, a.relu6 = text[0] == c"r", text[0] == c"r" and text[4] == c"6"
+    a.clip = clip_attr(k, st)
     a.epsilon = float_attr(k, "epsilon", st)
 
 
@@ -199,10 +196,7 @@ cdef void map_input(Call* c, const NormalizeAttrs* a, float epsilon, const float
     room = get_scratch(c, map_bytes(n))
     if ok(c):
         set_map(m, x, n, p[0], p[1], p[2], p[3], epsilon, room)
-        if a.relu:
-            m.low = 0
-        if a.relu6:
-            m.high = 6
+        m.low, m.high = a.clip.low, a.clip.high
 
 
 cdef void gradient_inputs(Call* c, const NormalizeAttrs* a, Shape* shape,
@@ -223,7 +217,7 @@ cdef void gradient_inputs(Call* c, const NormalizeAttrs* a, Shape* shape,
     if a.mask_map:
         map_input(c, a, a.mask_epsilon, like_input(c, at, "mask_map", shape), at + 1,
                   a.mask_map - 1, n, &g.mask)
-        if not a.relu6:
+        if g.mask.high == INFINITY:
             g.mask.high = NAN
     elif a.mask_bits:
         if n % 8:

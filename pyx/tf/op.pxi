@@ -15,6 +15,7 @@ cdef extern from *:
         "exponents: {'sample', 'tensor'} = 'sample'; fused: bool = true; "  \\
         "site: string = ''; "  \\
         "product: {'forward', 'input_gradient', 'weight_gradient'} = 'forward'"
+    #define DFP_CLIP_ATTR "clip: {'none', 'relu', 'relu6'} = 'none'"
     #define DFP_QUANTIZE_ATTRS  \\
         "mantissa_bits: int >= 8 = 14; "  \\
         "rounding: {'nearest', 'truncate', 'stochastic'} = 'nearest'; "  \\
@@ -108,6 +109,26 @@ cdef void product_attrs(TF_OpKernelConstruction* k, Attrs* a, const char* a_bits
     product_site_attrs(k, a, st)
     check_bits(a.a_bits, a_bits, st)
     check_bits(a.b_bits, b_bits, st)
+
+
+cdef Clip clip_attr(TF_OpKernelConstruction* k, TF_Status* st) noexcept nogil:
+    cdef Clip clip
+    cdef char text[32]
+    text_attr(k, "clip", text, sizeof(text), st)
+    clip.low, clip.high = -INFINITY, INFINITY
+    if text[0] == c"r":
+        clip.low = 0
+        if text[4] == c"6":
+            clip.high = 6
+    return clip
+
+
+cdef void bias_attrs(TF_OpKernelConstruction* k, Attrs* a) noexcept nogil:
+    """Of a product that adds a bias."""
+    cdef TF_Status* st = tf.NewStatus()
+    a.bias = True
+    a.clip = clip_attr(k, st)
+    tf.DeleteStatus(st)
 
 
 cdef void fail_shapes(Call* c, const char* message, const char* name1, const Shape* s1,

@@ -129,6 +129,19 @@ static const float *choose_bias(void) {
     return word() % 2 ? biases : NULL;
 }
 
+/* As a ReLU does, or a ReLU6, or not at all. */
+static void choose_clip(float *low, float *high) {
+    static const float most[] = {INFINITY, INFINITY, 6.0f};
+    const int which = word() % 3;
+    *low = which ? 0.0f : -INFINITY;
+    *high = most[which];
+}
+
+static float clipped(float v, float low, float high) {
+    v = v < low ? low : v;
+    return v > high ? high : v;
+}
+
 static int exponent_at(int64_t i, int64_t j) {
     const int row = row_exponents[i], column = column_exponents[j];
     return row == NAN_EXPONENT || column == NAN_EXPONENT ? NAN_EXPONENT : row + column;
@@ -149,7 +162,7 @@ static int16_t a_at(const dfp_tile *t, int64_t i, int64_t k) {
     const int64_t row = i < t->rows ? i : t->rows - 1;
     const int64_t p = k / 2, at = t->runs ? t->runs[p / t->run] + p % t->run * t->pair_stride
                                           : p * t->pair_stride;
-    return t->a[row * t->row_stride + at + k % 2];
+    return t->a[(t->starts ? t->starts[row] : row * t->row_stride) + at + k % 2];
 }
 
 /* Whether the tile has half the columns, and how many it has. */
@@ -175,7 +188,8 @@ static void expect_sums(const dfp_tile *t, int resume) {
         }
 }
 
-/* New operands for `pairs` pairs, in either layout of A, perhaps in runs, for any number of rows. */
+/* New operands for `pairs` pairs, in either layout of A, perhaps in runs, or with starts, for any
+ * number of rows. */
 static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, int qb,
                           int may_run) {
     t->pairs = pairs;
@@ -193,6 +207,14 @@ static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, in
         for (int64_t k = 0; k < 2 * pairs; k++)
             a_space[t->a - a_space + i * t->row_stride + k / 2 * t->pair_stride + k % 2] =
                 mantissa(kind, qa);
+    t->starts = NULL;
+    if (word() % 2) {
+        /* The same rows, in another order, some more than once. */
+        static int64_t starts[MAX_TILE];
+        for (int i = 0; i < kernel->mr; i++)
+            starts[i] = between(0, kernel->mr - 1) * t->row_stride;
+        t->starts = starts;
+    }
     t->runs = NULL;
     if (word() % 2 && may_run) {
         /* The same pairs, or others that are in the same bounds: runs from anywhere in A. */
@@ -214,7 +236,7 @@ static void check_c(const dfp_tile *t, int spill, const char *what) {
         if (c >= t->c && c < end && j < nr) {
             expected = rounded(spill ? (int64_t)float_sum[i][j] : exact_sum[i][j],
                                exponent_at(i, j));
-            if (t->bias) expected += t->bias[j];
+            if (t->bias) expected = clipped(expected + t->bias[j], t->low, t->high);
         }
         CHECK(bits_of(*c) == bits_of(expected), "%s, c[%d][%d]: got %a, expected %a", what, (int)i,
               (int)j, *c, expected);
@@ -230,6 +252,7 @@ static void check_tile(int spill) {
     dfp_tile t = {.acc = acc_space};
     choose_scales(&t.row_scale, &t.column_scale);
     t.bias = choose_bias();
+    choose_clip(&t.low, &t.high);
     t.chain = word() % 4 ? limit : between(1, limit);
     t.resume = word() % 3 == 0;
     for (int i = 0; i < kernel->mr; i++)
@@ -283,6 +306,7 @@ static void check_rounding(void) {
     dfp_tile t = {.acc = acc_space, .resume = 1, .c = c_space, .ldc = nr};
     choose_scales(&t.row_scale, &t.column_scale);
     t.bias = choose_bias();
+    choose_clip(&t.low, &t.high);
     fill_operands(&t, 1, LARGEST, 0, 0, 0);
     t.segment = t.chain = 1;
     for (int n = 0; n < tile; n++) {
@@ -1278,13 +1302,16 @@ static void place_rows(dfp_digit_rows *done, int64_t *row) {
     done->next = 0;
     choose_scales(&done->row_scale, &done->column_scale);
     done->bias = choose_bias();
+    choose_clip(&done->low, &done->high);
     const int64_t ldc = done->stream ? 48 : done->cols + between(0, 20), turn = between(0, 31);
     for (int i = 0; i < DIGITS_C; i++) digits_c[i] = digits_expected[i] = float_of(0x7fc0dead);
     for (int64_t i = 0; i < done->rows; i++) {
         row[i] = word() % 8 ? (i + turn) % SIDE * ldc : -1;
-        for (int64_t j = 0; j < done->cols && row[i] >= 0; j++)
-            digits_expected[done->c - digits_c + row[i] + j] =
-                rounded(tile_sum[i][j], exponent_at(i, j)) + (done->bias ? done->bias[j] : 0.0f);
+        for (int64_t j = 0; j < done->cols && row[i] >= 0; j++) {
+            float expected = rounded(tile_sum[i][j], exponent_at(i, j));
+            if (done->bias) expected = clipped(expected + done->bias[j], done->low, done->high);
+            digits_expected[done->c - digits_c + row[i] + j] = expected;
+        }
     }
 }
 
