@@ -51,32 +51,37 @@ def mantissa_bits(replicas: int) -> int:
     return min(14, 16 - (replicas - 1).bit_length())
 
 
-def summed(gradients: Sequence[tf.Tensor | None], exchange: str) -> list[tf.Tensor | None]:
+def summed(
+    gradients: Sequence[tf.Tensor | None], exchange: str, others: Sequence[tf.Tensor] = ()
+) -> list[tf.Tensor | None]:
     """Returns the sums of gradients over all replicas; to be called in each of them.
 
     Args:
         gradients: Those of this replica: tensors, of equal shapes in all replicas, or `None`.
         exchange: `"float32"`: they travel as they are. `"dfp16"`: float32 gradients travel as
             16-bit integers.
+        others: Other float32 tensors to be added up, as they are, which travel along: a collective
+            takes milliseconds however little it carries.
 
     Returns:
-        Their sums, the same in every replica. Sparse gradients are dense then. Of a single replica,
-        its gradients.
+        Their sums, the same in every replica: first those of the gradients. Sparse gradients are
+        dense then. Of a single replica, what it has.
     """
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:
-        return list(gradients)
+        return [*gradients, *others]
     known = [number for number, gradient in enumerate(gradients) if gradient is not None]
     # `identity`: a tensor that comes from outside of the replica is on no device.
     dense = [tf.identity(tf.convert_to_tensor(gradients[number])) for number in known]
+    others = [tf.identity(other) for other in others]
     if exchange == "dfp16":
-        sums = _integers(context, dense)
+        sums = _integers(context, dense, others)
     else:
-        sums = context.all_reduce(_SUM, dense) if dense else []
+        sums = context.all_reduce(_SUM, [*dense, *others]) if dense or others else []
     result: list[tf.Tensor | None] = [None] * len(gradients)
-    for number, total in zip(known, sums, strict=True):
+    for number, total in zip(known, sums[: len(known)], strict=True):
         result[number] = total
-    return result
+    return result + sums[len(known) :]
 
 
 def leave_as_they_are(optimizer: keras.Optimizer) -> None:
@@ -86,58 +91,69 @@ def leave_as_they_are(optimizer: keras.Optimizer) -> None:
     optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
-def _integers(context, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-    others = [x for x in gradients if x.dtype != tf.float32]
-    if others:
+def _integers(context, gradients: list[tf.Tensor], others: list[tf.Tensor]) -> list[tf.Tensor]:
+    wrong = [x for x in gradients if x.dtype != tf.float32]
+    if wrong:
         raise TypeError(
             "gradient_exchange='dfp16' is for float32 gradients; got one of "
-            f"{others[0].dtype.name}, of shape {tuple(others[0].shape)}."
+            f"{wrong[0].dtype.name}, of shape {tuple(wrong[0].shape)}."
         )
     if not gradients:
-        return []
+        return context.all_reduce(_SUM, others) if others else []
     native.follow_thread_setting()
     replicas = context.num_replicas_in_sync
     bits = mantissa_bits(replicas)
-    exponents = _agreed(context, tf.stack([_quantize(x, bits).e for x in gradients]), replicas)
+    # Of two collectives, this is the one whose numbers are float32.
+    own = tf.stack([_quantize(x, bits).e for x in gradients])
+    everyone, *others = context.all_reduce(_SUM, [_row(context, own, replicas), *others])
+    exponents = _agreed(everyone)
     mantissas = [
         tf.reshape(_quantize(x, bits, exponents[number]).q, [-1])
         for number, x in enumerate(gradients)
     ]
     total = unpack(context.all_reduce(_SUM, pack(tf.concat(mantissas, 0))))
     pieces = tf.split(total[: sum(_size(x) for x in gradients)], [_size(x) for x in gradients])
-    return [
+    sums = [
         native.lib.dfp_dequantize(
             q=tf.reshape(piece, x.shape), e=exponents[number], token=tf.zeros([0])
         )
         for number, (piece, x) in enumerate(zip(pieces, gradients, strict=True))
     ]
+    return [*sums, *others]
 
 
-def _agreed(context, exponents: tf.Tensor, replicas: int) -> tf.Tensor:
+def _row(context, exponents: tf.Tensor, replicas: int) -> tf.Tensor:
+    """Returns a table with a replica's exponents in its own row: what others leave 0."""
+    # TensorFlow's strategies add up and nothing else. Exponents, and NAN_EXPONENT, are float32s.
+    mine = tf.one_hot(context.replica_id_in_sync_group, replicas)
+    return mine[:, None] * tf.cast(exponents, tf.float32)[None, :]
+
+
+def _agreed(everyone: tf.Tensor) -> tf.Tensor:
     """Returns the largest of the replicas' exponents; that of a NaN where one has a NaN."""
-    # TensorFlow's strategies add up and nothing else: so each adds a row that the others leave 0.
-    mine = tf.one_hot(context.replica_id_in_sync_group, replicas, dtype=tf.int32)
-    everyone = context.all_reduce(_SUM, mine[:, None] * exponents[None, :])
+    everyone = tf.cast(everyone, tf.int32)
     has_nan = tf.reduce_any(everyone == NAN_EXPONENT, axis=0)
     return tf.where(has_nan, NAN_EXPONENT, tf.reduce_max(everyone, axis=0))
 
 
 def pack(mantissas: tf.Tensor) -> tf.Tensor:
-    """Returns int16 `[n]` as int32 `[ceil(n / 2)]`: the number `first + 65536 * second`.
+    """Returns int16 `[n]` as int32 `[ceil(n / 2)]`: numbers `first + 65536 * second`.
 
-    They are not put beside each other bit by bit but added, so that the sum of such numbers is that
-    of the sums, with the borrow that a negative first half takes from the second one.
+    `first` are the first half of all mantissas, `second` the other, with a 0 if n is odd: two runs
+    through memory, where neighbours would be picked out one by one. They are not put beside each
+    other bit by bit but added, so that the sum of such numbers is that of the sums, with the borrow
+    that a negative `first` takes from `second`.
     """
-    both = tf.reshape(tf.pad(mantissas, [[0, tf.shape(mantissas)[0] % 2]]), [-1, 2])
-    both = tf.cast(both, tf.int32)
-    return both[:, 0] + 65536 * both[:, 1]
+    padded = tf.pad(mantissas, [[0, tf.shape(mantissas)[0] % 2]])
+    first, second = tf.split(tf.cast(padded, tf.int32), 2)
+    return first + 65536 * second
 
 
 def unpack(packed: tf.Tensor) -> tf.Tensor:
-    """Returns the two halves of each number, int16; they are right if they fit into 16 bits."""
-    first = tf.bitwise.right_shift(tf.bitwise.left_shift(packed, 16), 16)
-    second = tf.bitwise.right_shift(packed - first, 16)
-    return tf.cast(tf.reshape(tf.stack([first, second], axis=1), [-1]), tf.int16)
+    """Returns the mantissas, int16; they are right if they fit into 16 bits."""
+    second = tf.bitwise.right_shift(packed + 2**15, 16)
+    first = packed - 65536 * second
+    return tf.concat([tf.cast(first, tf.int16), tf.cast(second, tf.int16)], 0)
 
 
 def _quantize(x: tf.Tensor, bits: int, exponent: tf.Tensor | None = None):

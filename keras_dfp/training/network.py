@@ -232,18 +232,15 @@ def train_step(
             for other in auxiliary:
                 total += recipe.auxiliary_weight * _loss(other, labels, label_smoothing, batch)
         gradients = tape.gradient(total, [weight.value for weight in weights])
-        gradients = exchange.summed(gradients, gradient_exchange)
+        sums = tf.concat([_sums(loss, logits, labels, batch), [note]], 0)
+        *gradients, sums = exchange.summed(gradients, gradient_exchange, [sums])
         if decay:
             gradients = [
                 gradient + decay * weight if is_kernel(weight) else gradient
                 for gradient, weight in zip(gradients, weights, strict=True)
             ]
-        sums = tf.concat([_sums(loss, logits, labels, batch), [note]], 0)
         optimizer.apply(gradients, weights)
-        if not several:
-            return sums
-        context = tf.distribute.get_replica_context()
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, sums)
+        return sums
 
     @tf.function(autograph=False)
     def step(images, labels, note=0.0):
