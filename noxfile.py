@@ -53,7 +53,7 @@ def smoke(session: nox.Session, pair: tuple[str, ...]) -> None:
 
 
 def run_tests(session: nox.Session, pair: tuple[str, ...]) -> None:
-    session.install("--quiet", *pair, "click", "hypothesis", "pytest", "scipy")
+    session.install("--quiet", *pair, "click", "hypothesis", "pytest", "scipy", "tqdm")
     # Its dependencies are there: it must not bring `keras` beside `keras-nightly`.
     session.install("--quiet", "--no-deps", str(wheel(session)))
     folder = session.create_tmp()

@@ -9,8 +9,10 @@
         step.py         whole training steps
         optimizer.py    what an optimizer takes of them (no command: see there)
         pipeline.py     images on their way to a training step
+        workers.py      steps of several workers, and the bytes that they exchange
     report.py       a document as tables, for a terminal or in Markdown
-    roofline.py     a document as a plot
+    roofline.py     a document of products as a plot
+    wire.py         a document of workers as a plot
 
 A document is what `--json` writes; its form is described in docs/performance.md.
 """

@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from keras_dfp.benchmarks import products
 from keras_dfp.benchmarks.machine import medians
 from keras_dfp.benchmarks.networks import Layer, layers
+from keras_dfp.benchmarks.run import Doing
 
 QUANTISED = {"forward": "xw", "input gradient": "d", "weight gradient": ""}
 # Of a network's first layer, whose input needs no gradient.
 QUANTISED_FIRST = {"forward": "xw", "weight gradient": "d"}
 
 
-def measure(settings: dict) -> Iterator[dict | str]:
+def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields a row per layer and pass; settings: network, batch, image_size, kinds, against,
     repeats."""
     found = layers(settings["network"], settings["image_size"])
     first = next(iter(found))
-    for layer, count in found.items():
-        if layer.kind not in settings["kinds"]:
-            continue
-        yield f"{settings['network']} {layer}"
+    wanted_layers = [layer for layer in found if layer.kind in settings["kinds"]]
+    for done, layer in enumerate(wanted_layers):
+        yield Doing(f"{settings['network']} {layer}", done / len(wanted_layers))
         passes, (x, w, dy) = _passes(layer, settings["batch"], settings["against"])
         tensors = {"x": x, "w": w, "d": dy}
         for name, wanted in (QUANTISED_FIRST if layer == first else QUANTISED).items():
@@ -42,7 +42,7 @@ def measure(settings: dict) -> Iterator[dict | str]:
             yield {
                 "layer": str(layer),
                 "kind": layer.kind,
-                "count": count,
+                "count": found[layer],
                 "pass": name,
                 "macs": product.macs,
                 "bytes": product.bytes,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from keras_dfp.benchmarks import products
 from keras_dfp.benchmarks.machine import medians
+from keras_dfp.benchmarks.run import Doing
 
 # M, N, K: squares; then the products of an image's pixels with few channels, of a batch with
 # VGG-16's first dense layer, and of that layer's weight gradient.
@@ -18,10 +19,11 @@ SIZES = (
 )
 
 
-def measure(settings: dict) -> Iterator[dict | str]:
+def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields a row per size; settings: sizes, against, repeats."""
-    for m, n, k in settings["sizes"]:
-        yield f"{m}x{n}x{k}"
+    sizes = settings["sizes"]
+    for done, (m, n, k) in enumerate(sizes):
+        yield Doing(f"{m}x{n}x{k}", done / len(sizes))
         a = products.Tensor((m, k), settings["against"], samples=True)
         b = products.Tensor((k, n), settings["against"], samples=False)
         product = products.matmul(a, b)

@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras_dfp import native
 from keras_dfp.benchmarks.machine import medians
 from keras_dfp.benchmarks.networks import NETWORKS, build, data
+from keras_dfp.benchmarks.run import Doing
 from keras_dfp.optimizers import DFPSGD, DFPAdam
 
 OPTIMIZERS = {
@@ -29,15 +30,15 @@ OPTIMIZERS = {
 }
 
 
-def measure(settings: dict) -> Iterator[dict | str]:
+def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields a row per optimizer, and one for quantizing all kernels; settings: network, repeats,
     steps."""
     network = NETWORKS[settings["network"]]
     model = build(settings["network"], network.image_size, "dfp16")
     weights = model.trainable_variables
     batch = data(model, network.batch)
-    for name, make in OPTIMIZERS.items():
-        yield f"{settings['network']} {name}"
+    for done, (name, make) in enumerate(OPTIMIZERS.items()):
+        yield Doing(f"{settings['network']} {name}", done / len(OPTIMIZERS))
         optimizer = make()
         optimizer.build(weights)
         ways = {"update": _updating(weights, optimizer), "make": _updating(weights, None)}

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dfp import zoo
+from keras_dfp.benchmarks.run import Doing
 from keras_dfp.training import sources
 from keras_dfp.training.pipeline import Pipeline
 
@@ -23,11 +24,11 @@ NETWORKS = ("resnet50", "vgg16", "googlenet_v1", "alexnet")
 SIZE = (375, 500)  # height and width: three quarters of ImageNet's have them, or have them turned
 
 
-def measure(settings: dict) -> Iterator[dict | str]:
+def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields one row; settings: network, batch, images, repeats."""
     batch, images = settings["batch"], settings["images"]
     with tempfile.TemporaryDirectory() as folder:
-        yield f"{images} images being written"
+        yield Doing(f"{images} images being written", 0)
         size = write_images(Path(folder), images)
         source = sources.ClassFolders(Path(folder))
         pipeline = Pipeline(
@@ -37,8 +38,9 @@ def measure(settings: dict) -> Iterator[dict | str]:
             zoo.preprocessing(settings["network"]),
         )
         wall, cpu = [], []
-        for epoch in range(settings["repeats"] + 1):
-            yield f"epoch {epoch}"
+        epochs = settings["repeats"] + 1
+        for epoch in range(epochs):
+            yield Doing(f"{settings['network']} epoch {epoch + 1}", epoch / epochs)
             start, start_cpu = time.perf_counter(), time.process_time()
             for _ in pipeline.training(seed=1, epoch=epoch):
                 pass

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from keras_dfp import native
 from keras_dfp.benchmarks.machine import medians
+from keras_dfp.benchmarks.run import Doing
 
 ELEMENTS = tuple(4**i for i in range(8, 14))  # 64 Ki to 64 Mi
 # Elements that share an exponent: a row of classes, 1 KB, 64 KB, 3 MB, and all.
@@ -20,25 +21,31 @@ GROUPS = (10, 256, 16384, 786432, None)
 WAYS = ("nearest", "truncate", "stochastic", "counts", "watch")
 
 
-def measure(settings: dict) -> Iterator[dict | str]:
+def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields a row per number of elements, size of a group and way; settings: elements, groups,
     repeats."""
-    for n in settings["elements"]:
-        for group in settings["groups"]:
-            if group is not None and group > n:
-                continue
-            x = tf.random.normal([n] if group is None else [n // group, group])
-            size = len(x) * (group or 1)
-            yield f"{n} elements, groups of {group or 'all'}"
-            taken = medians({way: _quantize(x, group, way) for way in WAYS}, settings["repeats"])
-            for way in WAYS:
-                yield {
-                    "elements": size,
-                    "group": group or size,
-                    "way": way,
-                    "bytes": 10 * size,
-                    "dfp_ms": taken[way],
-                }
+    each = [
+        (n, group)
+        for n in settings["elements"]
+        for group in settings["groups"]
+        if group is None or group <= n
+    ]
+    # Time goes with the elements.
+    done, total = 0, sum(n for n, _ in each)
+    for n, group in each:
+        x = tf.random.normal([n] if group is None else [n // group, group])
+        size = len(x) * (group or 1)
+        yield Doing(f"{n} elements, groups of {group or 'all'}", done / total)
+        done += n
+        taken = medians({way: _quantize(x, group, way) for way in WAYS}, settings["repeats"])
+        for way in WAYS:
+            yield {
+                "elements": size,
+                "group": group or size,
+                "way": way,
+                "bytes": 10 * size,
+                "dfp_ms": taken[way],
+            }
 
 
 def _quantize(x, group, way):

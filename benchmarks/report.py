@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from keras_dfp.benchmarks.products import PASSES
+from keras_dfp.benchmarks.run import OWN_NETWORK
 
 Row = dict
 SHORT = {"float32": "FP32", "bfloat16": "BF16"}
@@ -72,6 +73,16 @@ def columns(benchmark: str, run: dict) -> list[Column]:
             Column("images/s", lambda row: f"{row['images_per_s']:.0f}", 10),
             Column("CPU ms an image", lambda row: f"{row['cpu_ms']:.2f}", 17),
         ]
+    if benchmark == "workers":
+        return [
+            Column("workers", lambda row: f"{row['workers']}"),
+            Column("  exchange", lambda row: f"  {row['exchange']}", 12, text=True),
+            _ms("ms a step", "step_ms", 11),
+            Column("half within", lambda row: f"{row['low_ms']:.2f}-{row['high_ms']:.2f}", 15),
+            Column("steps/s", lambda row: f"{1e3 / row['step_ms']:.1f}"),
+            Column("bytes a step", lambda row: _whole(row["bytes"]), 14),
+            Column("of a ring", lambda row: _whole(row["ring_bytes"]), 14),
+        ]
     if benchmark == "gemm":
         label = [Column("M x N x K", lambda row: _size(row), 20, text=True)]
     else:
@@ -93,6 +104,10 @@ def columns(benchmark: str, run: dict) -> list[Column]:
 
 def _ms(title: str, key: str, width: int = 9) -> Column:
     return Column(title, lambda row: f"{row[key]:.2f}", width)
+
+
+def _whole(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.0f}"
 
 
 def _arithmetic(machine: dict) -> list[Column]:
@@ -204,6 +219,8 @@ def summaries(benchmark: str, run: dict) -> Iterator[Table]:
             yield Table(text, shown, sorted(slower, key=lambda row: ratio(row, name)))
     if benchmark == "step":
         yield _kinds(run["rows"])
+    if benchmark == "workers" and not run["settings"]["own_network"]:
+        yield Table(f"Bytes are not counted: this user may not {' '.join(OWN_NETWORK)}.", [], [])
 
 
 def _kinds(rows: list[Row]) -> Table:
@@ -275,6 +292,8 @@ def _times(benchmark: str, run: dict) -> dict[str, float]:
         }
     if benchmark == "pipeline":
         return {row["network"]: 1e3 / row["images_per_s"] for row in run["rows"]}
+    if benchmark == "workers":
+        return {f"{row['workers']} {row['exchange']}": row["step_ms"] for row in run["rows"]}
     return {row["policy"]: row["step_ms"] for row in run["rows"]}
 
 

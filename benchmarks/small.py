@@ -12,15 +12,17 @@ import tensorflow as tf
 
 from keras_dfp.benchmarks import products
 from keras_dfp.benchmarks.machine import medians
+from keras_dfp.benchmarks.run import Doing
 
 CALLS = 100
 AGAINST = ("float32",)
 
 
-def measure(settings: dict) -> Iterator[dict | str]:
+def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields a row per product and mode; settings: repeats."""
-    for name, product, operands in _products():
-        yield name
+    each = list(_products())
+    for done, (name, product, operands) in enumerate(each):
+        yield Doing(name, done / len(each))
         ways = {
             **product.ways,
             "quantize": lambda operands=operands: [t.quantize() for t in operands],

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_dfp.benchmarks.machine import medians
 from keras_dfp.benchmarks.networks import build, data
+from keras_dfp.benchmarks.run import Doing
 from keras_dfp.info import peak_memory
 
 # Kinds of op by their type: the first pattern found decides. TensorFlow prefixes and suffixes types
@@ -61,10 +62,10 @@ WANTS = {
 }
 
 
-def measure(settings: dict) -> Iterator[dict | str]:
+def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields one row; settings: network, policy, batch, image_size, repeats."""
     policy, batch = settings["policy"], settings["batch"]
-    yield f"{settings['network']} {policy}"
+    yield Doing(f"{settings['network']} {policy}", 0)
     keras.utils.set_random_seed(1)
     model = build(settings["network"], settings["image_size"], policy)
     x, y, loss = data(model, batch)

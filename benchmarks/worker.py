@@ -1,7 +1,7 @@
 """`python -m keras_dfp.benchmarks.worker BENCHMARK SETTINGS`: measures one configuration.
 
 SETTINGS is JSON. Standard output is one JSON pair a line: ["machine", facts] first, then, as they
-come, ["doing", what is being measured] and ["row", figures].
+come, ["doing", [what is being measured, share of the work done]] and ["row", figures].
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def main(benchmark: str, settings: dict) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(settings["threads"])
 
     from keras_dfp.benchmarks import machine
+    from keras_dfp.benchmarks.run import Doing
 
     facts = machine.facts()
-    # Not before whole steps: the copied memory would count as theirs. Images have other roofs.
-    if benchmark not in ("step", "pipeline"):
+    # Not before whole steps: the copied memory would count as theirs. The others have other roofs.
+    if benchmark not in ("step", "pipeline", "workers"):
         facts.update(machine.roofs(facts["threads"]))
     send("machine", facts)
     module = importlib.import_module(f"keras_dfp.benchmarks.{benchmark}")
     for value in module.measure(settings):
-        send("doing" if isinstance(value, str) else "row", value)
+        send("doing" if isinstance(value, Doing) else "row", value)
 
 
 if __name__ == "__main__":

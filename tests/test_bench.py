@@ -1,5 +1,6 @@
 """The benchmarks: that what is timed is the same product, and that figures are told as they are."""
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from keras_dfp.benchmarks import (
     run,
     small,
     step,
+    workers,
 )
 from keras_dfp.cli import main
 from keras_dfp.cli.bench import _each_network
@@ -401,6 +403,99 @@ def test_pipeline(tmp_path):
     assert "| alexnet |" in bench("report", written)
 
 
+def workers_document(own_network):
+    settings = {"network": "lenet", "batch": 96, "image_size": None, "repeats": 20, "isa": None,
+                "threads": 1, "own_network": own_network}  # fmt: skip
+    facts = {**machine.facts(), "threads": 1}
+    rows = [
+        {"workers": n, "exchange": exchange, "step_ms": 10.0 * n, "low_ms": 9.0 * n,
+         "high_ms": 12.5 * n, "bytes": 1.5e3 * n if own_network else None, "ring_bytes": 1000 * n}
+        for n, exchange in [(1, "none"), (2, "float32"), (2, "dfp16")]
+    ]  # fmt: skip
+    runs = [{"settings": settings, "machine": facts, "rows": rows}]
+    return {"schema": run.SCHEMA, "benchmark": "workers", "complete": True, "runs": runs}
+
+
+@pytest.mark.parametrize("own_network", [True, False])
+def test_workers_are_told_and_drawn(tmp_path, own_network):
+    written, plot = tmp_path / "workers.json", tmp_path / "workers.png"
+    written.write_text(json.dumps(workers_document(own_network)))
+    output = bench("report", written, "--plot", plot)
+    sent = "3,000" if own_network else "-"
+    assert f"| 2 | dfp16 | 20.00 | 18.00-25.00 | 50.0 | {sent} | 2,000 |" in output
+    assert ("Bytes are not counted" in output) == (not own_network)
+    assert matplotlib.image.imread(plot).shape[:2] == (396, 990)
+
+
+def test_loopback_counts_what_is_sent():
+    import socket
+
+    before = workers.loopback_bytes()
+    with socket.socket(type=socket.SOCK_DGRAM) as one, socket.socket(type=socket.SOCK_DGRAM) as two:
+        two.bind(("127.0.0.1", 0))
+        for _ in range(10):
+            one.sendto(bytes(5000), two.getsockname())
+    assert workers.loopback_bytes() - before >= 50_000
+
+
+def test_a_ring_of_workers():
+    # Each of 3 sends a third twice to be added up, and twice again to be known.
+    assert workers._ring(3, "float32", 999) == 3 * (2 + 2) * 333 * 4
+    assert workers._ring(2, "dfp16", 1000) == 2 * (1 + 1) * 500 * 2
+    assert workers._ring(1, "none", 1000) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_network", [True, False])
+def test_workers(tmp_path, monkeypatch, own_network):
+    if own_network and not run.may_have_own_network():
+        pytest.skip("this user may not make a network namespace")
+    # Not by its name: the package has the command of that name.
+    module = sys.modules["keras_dfp.cli.bench"]
+    monkeypatch.setattr(module, "may_have_own_network", lambda: own_network)
+    written = tmp_path / "workers.json"
+    arguments = ["--workers", "1,2", "--repeats", 12, "--batch", 8, "--json", written]
+    output = bench("workers", *arguments)
+    (each,) = check_document(written, "workers", runs=1)["runs"]
+    found = {(row["workers"], row["exchange"]): row for row in each["rows"]}
+    assert list(found) == [(1, "none"), (2, "float32"), (2, "dfp16")]
+    for (count, exchange), row in found.items():
+        assert 0 < row["low_ms"] <= row["step_ms"] <= row["high_ms"]
+        # LeNet's weights, in 4 or 2 bytes.
+        wanted = 2 * (count - 1) * 62_250 * (2 if exchange == "dfp16" else 4)
+        assert row["ring_bytes"] == wanted
+        if own_network:
+            # And what gRPC puts around them.
+            assert wanted <= row["bytes"] < 1.02 * wanted + 5_000
+    assert ("Bytes are not counted" in output) == (not own_network)
+
+
+@pytest.mark.slow
+def test_a_terminal_is_told_how_long_it_takes():
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    command = [sys.executable, "-m", "keras_dfp", "bench", "gemm", "--repeats", "1"]
+    command += ["--size", "64", "--size", "65", "--size", "66"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)
+    os.close(theirs)
+    shown = b""
+    # Linux reports the end of a terminal as an error.
+    with contextlib.suppress(OSError):
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    shown = shown.decode()
+    assert "measuring 66x66x66: 67 % done, 00:0" in shown and "left" in shown
+    assert "measuring" not in ended.stdout and ended.stdout.count("\n6") == 3
+    piped = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "measuring" not in piped.stderr
+
+
 def test_images_of_the_pipeline_are_photographs_in_size(tmp_path):
     written = pipeline.write_images(tmp_path, 3)
     files = sorted(tmp_path.glob("class*/*.jpg"))
@@ -478,6 +573,9 @@ def test_tensorflow_is_held_to_the_same_instruction_set(monkeypatch):
         (["gemm", "--plot", "a.txt"], "a.txt must end in .png, .svg or .pdf"),
         (["step", "--policy", "int8"], "'int8' is not one of"),
         (["pipeline", "--images", "8"], "8 images do not make a batch of 32"),
+        (["workers", "--workers", "1,0"], "0 is not in the range"),
+        (["workers", "--batch", "2"], "--batch 2 is too small for 3 workers"),
+        (["workers", "--exchange", "int8"], "'int8' is not one of 'float32', 'dfp16'"),
         (["report", "nowhere.json"], "does not exist"),
     ],
 )

@@ -389,7 +389,7 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path):
 def test_without_its_packages(command, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     arguments = {"evaluate": ("x",), "export": ("x", "y")}.get(command, ())
-    assert "pip install pillow matplotlib scipy scikit-learn tensorboard tqdm" in run(
+    assert "pip install pillow matplotlib scipy scikit-learn tensorboard" in run(
         command, *arguments, code=1
     )
 

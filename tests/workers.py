@@ -2,34 +2,15 @@
 
 import contextlib
 import json
-import os
-import socket
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from keras_dfp.benchmarks.workers import environment, free_ports
+
 # No process of a test lives longer.
 LIMIT = 240
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def environment(ports, index, threads=1):
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
-    config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-    return {
-        **os.environ,
-        "TF_CONFIG": json.dumps(config),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "OMP_NUM_THREADS": str(threads),
-        "TF_NUM_INTRAOP_THREADS": str(threads),
-    }
 
 
 @contextlib.contextmanager
@@ -45,6 +26,8 @@ def started(count, command, absent=(), threads=1):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                # A shell's background jobs ignore it, and their children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         yield processes
     finally:

@@ -6,22 +6,23 @@ import collections
 import importlib.util
 import itertools
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
-from keras_dfp import native
+from keras_dfp import native, zoo
 from keras_dfp.benchmarks import gemm as gemm_benchmark
 from keras_dfp.benchmarks import pipeline as pipeline_benchmark
 from keras_dfp.benchmarks import quantize as quantize_benchmark
-from keras_dfp.benchmarks import report, roofline
+from keras_dfp.benchmarks import report, roofline, wire
 from keras_dfp.benchmarks.networks import ALL, NETWORKS, OF_IMAGES
 from keras_dfp.benchmarks.products import DTYPES
-from keras_dfp.benchmarks.run import SCHEMA, measure
-from keras_dfp.cli.options import PLOTS, ListType, OutputFile, failure
+from keras_dfp.benchmarks.run import SCHEMA, may_have_own_network, measure
+from keras_dfp.cli.options import PLOTS, POLICY_HELP, ListType, OutputFile, PolicyType, failure
+from keras_dfp.exchange import EXCHANGES
 from keras_dfp.files import read_json, shown, write_json, written_whole
 
 POLICIES = ("float32", "mixed_bfloat16", "dfp16", "dfp16_paper")
@@ -85,7 +86,7 @@ _plot = click.option(
     "plot_path",
     type=OutputFile(*PLOTS),
     callback=_plot_file,
-    help="Draw the roofline to this file.",
+    help="Draw the figures to this file.",
 )
 _against = click.option(
     "--against",
@@ -377,6 +378,75 @@ def pipeline(networks, batch, images, isa, threads, repeats, json_path) -> None:
     )
 
 
+@bench.command()
+@click.option("--network", type=click.Choice(zoo.list()), default="lenet", show_default=True)
+@click.option(
+    "--policy", type=PolicyType(), default="dfp16", help=f"{POLICY_HELP}  [default: dfp16]"
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=96,
+    show_default=True,
+    help="Images in a step, of all workers together.",
+)
+@click.option(
+    "--workers",
+    "counts",
+    type=ListType(click.IntRange(1, 256)),
+    default="1,2,3",
+    show_default=True,
+    help="How many train together.",
+)
+@click.option(
+    "--exchange",
+    "exchanges",
+    type=ListType(click.Choice(EXCHANGES)),
+    default=",".join(EXCHANGES),
+    show_default=True,
+    help="How they add up gradients; in turns.",
+)
+@click.option("--isa", callback=_isa, help="Instruction set to force.  [default: the best]")
+@click.option(
+    "--threads",
+    type=ListType(click.IntRange(min=1)),
+    default="1",
+    show_default=True,
+    help="Of each worker.",
+)
+@_repeats(200)
+@_json
+@_plot
+def workers(
+    network, policy, batch, counts, exchanges, isa, threads, repeats, json_path, plot_path
+) -> None:
+    """Time the steps of several workers on this machine, and count the bytes they exchange.
+
+    They train as `keras-dfp train` does, on random images, and speak over the loopback device.
+    Bytes are counted in a network namespace of their own, if you may make one (unshare
+    --map-root-user --net); otherwise only times are measured. With more workers times threads than
+    the machine has cores, times say little of several machines; bytes are the same there.
+
+    \b
+    Examples:
+      keras-dfp bench workers
+      keras-dfp bench workers --network resnet20 --batch 128 --workers 2
+    """
+    if batch < max(counts):
+        raise click.BadParameter(f"--batch {batch} is too small for {max(counts)} workers.")
+    settings = {
+        "network": network,
+        "policy": policy,
+        "batch": batch,
+        "image_size": None,
+        "counts": counts,
+        "exchanges": exchanges,
+        "repeats": repeats,
+        "own_network": may_have_own_network(),
+    }
+    _run("workers", [settings], isa=isa, threads=threads, json_path=json_path, plot_path=plot_path)
+
+
 @bench.command("report")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rows", is_flag=True, help="Every layer of a network, not only the totals.")
@@ -446,6 +516,13 @@ def _run(
         "complete": False,
         "runs": [],
     }
+    # Drawn where there is a terminal for it.
+    bar = tqdm(
+        total=len(each) * len(threads) * len(parts),
+        disable=None,
+        leave=False,
+        bar_format="measuring {desc}: {percentage:.0f} % done, {remaining} left",
+    )
     try:
         for settings, n in itertools.product(each, threads):
             run: dict[str, Any] = {
@@ -455,14 +532,16 @@ def _run(
             }
             document["runs"].append(run)
             for part in parts:
-                _measure(benchmark, run, part)
+                _measure(benchmark, run, part, bar)
             if not run["rows"]:
                 click.echo(f"Nothing to measure: {settings['network']} has no such layers.")
             _print_summaries(benchmark, run)
+        bar.close()
         document["complete"] = True
         for table in report.speedups(document):
             click.echo("\n" + report.text(table))
     except KeyboardInterrupt:
+        bar.close()
         click.echo("\n\nInterrupted; so far:")
         for run in document["runs"][-1:]:
             _print_summaries(benchmark, run)
@@ -470,6 +549,7 @@ def _run(
     except RuntimeError as error:
         raise failure(error) from error
     finally:
+        bar.close()
         document["runs"] = [run for run in document["runs"] if run["rows"]]
         if json_path and document["runs"]:
             write_json(json_path, document)
@@ -477,23 +557,26 @@ def _run(
             _draw(document, plot_path)
 
 
-def _measure(benchmark: str, run: dict, part: dict) -> None:
-    """Measures, printing every row as it comes and adding it to the run."""
-    shown = sys.stderr.isatty()
+def _measure(benchmark: str, run: dict, part: dict, bar: tqdm) -> None:
+    """Measures, printing every row as it comes and adding it to the run; moves the bar by 1."""
+    before = bar.n
     for kind, value in measure(_module(benchmark), {**run["settings"], **part}):
-        if shown:
-            click.echo("\r\033[K", nl=False, err=True)
-        if kind == "doing" and shown:
-            click.echo(f"measuring {value} ...", nl=False, err=True)
-        elif kind == "machine" and not run["machine"]:
-            run["machine"] = value
-            click.echo(f"\n{report.title(benchmark, run)}\n")
-        elif kind == "row":
-            run["rows"].append(value)
-            columns = report.columns(benchmark, run)
-            if len(run["rows"]) == 1:
-                click.echo(report.header(columns))
-            click.echo(report.line(columns, value))
+        if kind == "doing":
+            bar.set_description_str(value.what, refresh=False)
+            bar.n = before + value.share
+            bar.refresh()
+            continue
+        with tqdm.external_write_mode():
+            if kind == "machine" and not run["machine"]:
+                run["machine"] = value
+                click.echo(f"\n{report.title(benchmark, run)}\n")
+            elif kind == "row":
+                run["rows"].append(value)
+                columns = report.columns(benchmark, run)
+                if len(run["rows"]) == 1:
+                    click.echo(report.header(columns))
+                click.echo(report.line(columns, value))
+    bar.n = before + 1
 
 
 def _module(benchmark: str) -> str:
@@ -506,5 +589,6 @@ def _print_summaries(benchmark: str, run: dict) -> None:
 
 
 def _draw(document: dict, path: Path) -> None:
+    plot = wire.plot if document["benchmark"] == "workers" else roofline.plot
     with written_whole(path) as temporary:
-        roofline.plot(document, temporary)
+        plot(document, temporary)

@@ -19,7 +19,7 @@ from keras_dfp.training.settings import Settings
 
 # What the commands need and keras-dfp's dependencies do not bring: the modules; where a package
 # has another name than its module, that name.
-PACKAGES = ("PIL", "matplotlib", "scipy", "sklearn", "tensorboard", "tqdm")
+PACKAGES = ("PIL", "matplotlib", "scipy", "sklearn", "tensorboard")
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 

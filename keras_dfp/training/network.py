@@ -56,8 +56,14 @@ def build(
         options["auxiliary"] = True
     try:
         return _load(settings, input_shape=input_shape, classes=classes, **options)
-    # The others: it would be too large.
-    except (ValueError, OverflowError, MemoryError, tf.errors.OpError) as error:
+    # The others: it would be too large. (A worker that ends meanwhile is another error.)
+    except (
+        ValueError,
+        OverflowError,
+        MemoryError,
+        tf.errors.InvalidArgumentError,
+        tf.errors.ResourceExhaustedError,
+    ) as error:
         raise RunError(
             f"Cannot build {settings.network} for images of {input_shape}: {error}"
         ) from error
