@@ -93,19 +93,15 @@ class DFPStatistics(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._stop()
-        comparison, every = self._statistics.comparison, self._statistics.every
+        every = self._statistics.every
         if self.latest is None:
             warnings.warn(
                 f"DFPStatistics: training ended at step {self._step()} and had no step with "
                 f"numbers: every={every} looks at steps {every}, {2 * every}, ...",
                 stacklevel=2,
             )
-        elif comparison is not None and (missing := set(comparison.patterns) - comparison.matched):
-            warnings.warn(
-                f"DFPStatistics: compare={sorted(missing)} matches no layer on integers. "
-                "keras_dfp.describe(model) lists them.",
-                stacklevel=2,
-            )
+        elif words := self._statistics.unmatched():
+            warnings.warn(f"DFPStatistics: {words}", stacklevel=2)
 
     def _step(self) -> int:
         optimizer = getattr(self.model, "optimizer", None)

@@ -8,8 +8,9 @@ not see it: its bits are the same.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
@@ -18,8 +19,27 @@ from keras_dfp import auditing
 from keras_dfp.backend.calling import matches
 from keras_dfp.operand import is_weight
 
+MOST_NAMES = 12  # of layers in a message
 # What an error is of, by the tensor that rows of statistics name.
 OUTPUT, INPUT_GRADIENT, WEIGHT_GRADIENT = "output", "activation", "weight"
+
+
+def unmatched(patterns: Iterable[str], paths: Sequence[str]) -> str:
+    """Says which patterns match none of the paths, and what may have been meant; or nothing."""
+    missing = [p for p in patterns if not any(matches(p, path) for path in paths)]
+    if not missing:
+        return ""
+    # By what is shorter to write, where that is enough.
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    names = [n if names.count(n) == 1 else path for n, path in zip(names, paths, strict=True)]
+    close = [n for p in missing for n in difflib.get_close_matches(p.rsplit("/", 1)[-1], names)]
+    shown = list(dict.fromkeys(close)) or names[:MOST_NAMES]
+    more = f", and {len(names) - len(shown)} more" if not close and names[MOST_NAMES:] else ""
+    there = f"{', '.join(shown)}{more}" if shown else "none"
+    return (
+        f"{', '.join(map(repr, missing))} match{'es' if len(missing) == 1 else ''} no layer on "
+        f"integers. {'Did you mean' if close else 'There are'}: {there}{'?' if close else '.'}"
+    )
 
 
 class Comparison:
@@ -30,22 +50,18 @@ class Comparison:
 
     Attributes:
         on: A variable: whether the steps that run now are looked at.
-        matched: The patterns that matched a layer that was traced.
     """
 
     def __init__(self, patterns: Sequence[str]):
         self.patterns = tuple(patterns)
         self.on = tf.Variable(False, trainable=False, name="comparing")
-        self.matched: set[str] = set()
         self._errors: dict[tuple[str, str], auditing.Error] = {}
         self._lock = threading.Lock()
 
     def wants(self, layer: keras.layers.Layer) -> bool:
         """Tells whether a layer is to be compared."""
         path = layer.path or layer.name
-        matched = [pattern for pattern in self.patterns if matches(pattern, path)]
-        self.matched.update(matched)
-        return bool(matched)
+        return any(matches(pattern, path) for pattern in self.patterns)
 
     def watch(self, layer, operands, ours: Callable, stock: Callable, y: tf.Tensor) -> tf.Tensor:
         """Returns y, a product of the operands; looks closer when its gradient is there."""

@@ -199,6 +199,7 @@ class Statistics:
             self.comparison = comparing.Comparison(_patterns("compare", compare))
         self.stop_on_nonfinite = stop_on_nonfinite
         self.latest: Numbers | None = None
+        self._seen: list[str] = []  # the layers of the last step looked at, chosen or not
         self._before = 0
         self._closely = self._warned = False
         self._writer = None
@@ -256,6 +257,14 @@ class Statistics:
         """Returns, in a few words, which tensor of the last step looked at has the most noise."""
         return "" if self.latest is None else self.latest.worst()
 
+    def unmatched(self) -> str:
+        """Says which names or patterns were of no layer in the last step looked at; or nothing."""
+        asked = {"layers": self.layers}
+        if self.comparison is not None:
+            asked["compare"] = self.comparison.patterns
+        said = {name: comparing.unmatched(given or (), self._seen) for name, given in asked.items()}
+        return " ".join(f"{name}: {words}" for name, words in said.items() if words)
+
     def stop(self) -> None:
         """Ends it, whether or not the last step succeeded."""
         extension.look_at_numbers(False, False)
@@ -301,7 +310,9 @@ class Statistics:
             self.comparison.on.assign(False)
             for (path, tensor), value in self.comparison.take().items():
                 values[path, tensor, "error"] = value
-        order = {path: number for number, path in enumerate(paths_in_order())}
+        sites = [entry[0] for entry in (*operands, *products)]
+        order = {path: number for number, path in enumerate(paths_in_order(sites))}
+        self._seen = list(order)
         ordered = sorted(values, key=lambda key: (order[key[0]], _TENSORS.index(key[1]), key[2]))
         self.latest = Numbers(step, found, {key: values[key] for key in ordered})
         self._write(self.latest)

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import gc
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from replicas import check_on_two
 
 import keras_dfp
 from keras_dfp import reference
-from keras_dfp.backend.losses import paths_of
+from keras_dfp.backend.losses import paths_of, site_of
 from keras_dfp.callbacks import DFPStatistics, NonFinite, NonFiniteError
 from keras_dfp.cli import main
 from keras_dfp.native import extension, lib
@@ -381,8 +382,21 @@ def test_what_callers_do_wrong():
         DFPStatistics(compare=[3])
     with pytest.warns(UserWarning, match="no step with numbers: every=100"):
         prepared().fit(*batch(), verbose=0, callbacks=[DFPStatistics()])
-    with pytest.warns(UserWarning, match=r"compare=\['frist'\] matches no layer"):
+    wrong = "compare: 'frist' matches no layer on integers. Did you mean: first?"
+    with pytest.warns(UserWarning, match=re.escape(wrong)):
         prepared().fit(*batch(), verbose=0, callbacks=[DFPStatistics(1, compare=["frist", "l*"])])
+    with pytest.warns(UserWarning, match=r"layers: 'x\*' matches no layer .* There are: .*first, "):
+        prepared().fit(*batch(), verbose=0, callbacks=[DFPStatistics(1, layers="x*")])
+
+
+def test_layers_that_are_gone_are_forgotten():
+    layer = L.Dense(3, dtype="dfp16", name="short_lived")
+    layer(np.ones((2, 4), np.float32))
+    site = site_of(layer)
+    assert paths_of(site) == ["short_lived"]
+    del layer
+    gc.collect()
+    assert paths_of(site) == []
 
 
 def test_a_tensor_that_is_not_finite_is_named_once():
@@ -558,6 +572,30 @@ def test_a_run_stops_with_the_checkpoint_from_before(tmp_path):
     assert all(np.isfinite(array).all() for array in arrays)
     result = CliRunner().invoke(main, [*command[:6], "--policy", "float32", "--statistics", "5"])
     assert result.exit_code == 2 and "there are none" in result.output
+
+
+def test_a_command_compares_layers(tmp_path):
+    folder = tmp_path / "run"
+    command = ["train", "lenet", "--steps", "4", "--output", str(folder)]
+    result = CliRunner().invoke(main, [*command, "--compare", "dense"])
+    assert result.exit_code == 2 and "--compare needs --statistics N" in result.output
+    wrong = [*command, "--statistics", "2", "--compare", "conv", "--compare", "dens"]
+    result = CliRunner().invoke(main, wrong)
+    assert result.exit_code == 1
+    message = "compare: 'conv', 'dens' match no layer on integers. Did you mean: "
+    assert message in result.output and "dense" in result.output.partition(message)[2]
+    # Nothing is left of it, so that the right command needs no other folder.
+    assert not list(folder.glob("*"))
+    right = [*command, "--statistics", "2", "--compare", "dense", "--checkpoint-steps", "1"]
+    assert CliRunner().invoke(main, [*right]).exit_code == 0
+    found = collections.defaultdict(dict)
+    for step, layer, tensor, quantity, value in read_table(folder / "statistics.csv"):
+        if quantity == "error":
+            found[step, layer.rpartition("/")[2]][tensor] = float(value)
+    assert list(found) == [(2, "dense"), (4, "dense")]
+    for errors in found.values():
+        assert errors.keys() == {"output", "activation", "weight"}
+        assert all(1e-6 < error < 1e-2 for error in errors.values())
 
 
 @pytest.mark.slow

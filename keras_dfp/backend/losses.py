@@ -6,6 +6,8 @@ import atexit
 import glob
 import itertools
 import warnings
+import weakref
+from collections.abc import Iterable
 
 import keras
 
@@ -14,7 +16,7 @@ from keras_dfp.native import extension
 
 _serials = itertools.count(1)
 _sites = PerLayer()
-# From a site to the path of its layer.
+# From a site to the path of its layer, for as long as that lives.
 _paths: dict[str, str] = {}
 _told: set[str] = set()
 
@@ -24,10 +26,17 @@ def site_of(layer: keras.layers.Layer) -> str:
     path = layer.path or layer.name
     known, site = _sites.get(layer, ("", ""))
     if known != path:
+        # A new one, also of a layer whose path has changed: its graphs go on under the old one.
         site = f"#{next(_serials)}"
         _paths[site] = path
         _sites[layer] = path, site
+        weakref.finalize(layer, _forget, site).atexit = False
     return site
+
+
+def _forget(site: str) -> None:
+    _paths.pop(site, None)
+    _told.discard(site)
 
 
 def paths_of(site: str) -> list[str]:
@@ -38,9 +47,11 @@ def paths_of(site: str) -> list[str]:
     return [_paths[name] for name in site.split(",") if name in _paths]
 
 
-def paths_in_order() -> list[str]:
-    """Returns the paths of all layers that have a site, in the order in which they multiplied."""
-    return list(dict.fromkeys(_paths.values()))
+def paths_in_order(sites: Iterable[str]) -> list[str]:
+    """Returns the paths of layers by what native ops call them, in the order in which they first
+    multiplied."""
+    names = {name for site in sites for name in site.split(",")}
+    return list(dict.fromkeys(path for name, path in _paths.items() if name in names))
 
 
 def _tell(site: str, share: float, nonzero: int) -> None:

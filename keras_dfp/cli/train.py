@@ -47,6 +47,13 @@ if TYPE_CHECKING:
     "statistics/ for TensorBoard.",
 )
 @click.option(
+    "--compare",
+    multiple=True,
+    metavar="LAYER",
+    help="In the steps of --statistics, compute this layer in float32 too, and say how far apart "
+    'they are. A name or pattern, such as "conv2*"; may be given several times.',
+)
+@click.option(
     "--stop-on-nonfinite",
     is_flag=True,
     help="Stop at the first NaN or infinity, say where it is; the checkpoint is from before.",
@@ -77,6 +84,7 @@ def train(
     resume: bool,
     checkpoint_steps: int,
     statistics: int | None,
+    compare: tuple[str, ...],
     stop_on_nonfinite: bool,
     worker_timeout: float,
     **options,
@@ -94,6 +102,7 @@ def train(
     Examples:
       keras-dfp train
       keras-dfp train resnet20 --data cifar10 --epochs 10 --output runs/first
+      keras-dfp train resnet20 --data cifar10 --statistics 100 --compare "conv2*"
       keras-dfp train resnet50 --data photos --weights imagenet --freeze
       keras-dfp train resnet50 --data imagenet --policy dfp16 --batch-size 256
       keras-dfp train resnet50 --data imagenet --policy dfp16 --batch-size 256 --resume
@@ -105,7 +114,9 @@ def train(
     # Here and not above, because it needs those packages.
     from keras_dfp.training.workers import joined
 
-    how = checkpoint_steps, statistics, stop_on_nonfinite
+    if compare and statistics is None:
+        raise click.UsageError("--compare needs --statistics N, which says in which steps.")
+    how = checkpoint_steps, statistics, compare, stop_on_nonfinite
     with joined(worker_timeout) as workers:
         _train(workers, output, resume, *how, **options)
 
@@ -116,6 +127,7 @@ def _train(
     resume: bool,
     checkpoint_steps: int,
     statistics: int | None,
+    compare: tuple[str, ...],
     stop_on_nonfinite: bool,
     **options,
 ) -> None:
@@ -140,7 +152,7 @@ def _train(
     data = this.find_data()
     if workers.is_chief:
         make_folder(output)
-    run = Run(this, output, data, resume, workers)
+    run = Run(this, output, data, resume, workers, compare)
     if run.finished:
         say("It is finished already.")
     else:

@@ -21,7 +21,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dfp import tables, zoo
+from keras_dfp import comparing, tables, zoo
 from keras_dfp.files import locked, read_json, shown, written_whole
 from keras_dfp.info import peak_memory
 from keras_dfp.recipe import Plateau
+from keras_dfp.report import describe
 from keras_dfp.statistics import NonFinite, NonFiniteError, Statistics
 from keras_dfp.training import checkpoint, network
 from keras_dfp.training.errors import DataError, RunError
@@ -112,11 +113,13 @@ class Run:
         resume: Whether to go on if there is such a run in the folder.
         workers: Who trains it together: each makes such a run, of the same settings. The folder is
             that of worker 0, the chief; the others neither read nor write any.
+        compare: Names, paths or patterns of layers that are compared with float32 in the steps that
+            `train` looks at.
 
     Raises:
         RunError: If the workers do not agree; if the folder holds a run and `resume` is false, or
             another run; if the network cannot be built for such images; if there are no such
-            weights to start from.
+            weights to start from, or no such layers to compare.
 
     Attributes:
         new_classifier: Whether the weights that it starts from are for other classes, so that the
@@ -130,6 +133,7 @@ class Run:
         data: tuple[Source, Source],
         resume: bool = False,
         workers: Workers | None = None,
+        compare: Sequence[str] = (),
     ):
         self.settings = settings
         self.workers = workers = workers or alone()
@@ -191,7 +195,12 @@ class Run:
         self._test_step = network.test_step(self.model)
         self.progress = Progress()
         self._statistics: Statistics | None = None
+        self._compare = tuple(compare)
         if workers.is_chief:
+            if compare:
+                on_integers = [row["path"] for row in describe(self.model).rows if row["format"]]
+                if words := comparing.unmatched(compare, on_integers):
+                    raise RunError(f"compare: {words}")
             self._open(resume, facts)
         self._load()
 
@@ -256,6 +265,7 @@ class Run:
                 self._statistics = Statistics(
                     every if chief else None,
                     self.folder if every and chief else None,
+                    compare=self._compare if every and chief and self._compare else None,
                     stop_on_nonfinite=stop_on_nonfinite,
                 )
                 stack.callback(self._statistics.stop)
