@@ -1,6 +1,7 @@
 """Trains with `fit` in MultiWorkerMirroredStrategy, MirroredStrategy or none; prints what it got.
 
-Arguments: "workers", "mirrored" or "one"; the policy; the exchange of gradients; "bn" for a network
+Arguments: "workers", "mirrored", "one", or "shares", one process that adds up what replicas would,
+by the reference, and applies it; the policy; the exchange of gradients; "bn" for a network
 with batch norm across replicas; what goes into `fit`: "dataset" or "arrays".
 """
 
@@ -26,6 +27,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_dfp  # noqa: E402
+from keras_dfp import reference  # noqa: E402
 
 BATCH, STEPS = 12, 3
 random = np.random.default_rng(0)
@@ -48,7 +50,40 @@ if data == "dataset":
     options = {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)}
 else:
     options = {"x": x, "y": y, "batch_size": BATCH, "shuffle": False}
-history = model.fit(**options, epochs=2, verbose=0).history
+
+
+def add_shares():
+    """Trains with the sums of shares' gradients; Keras divides losses by the number of replicas."""
+    count = int(os.environ["REPLICAS"])
+
+    @tf.function
+    def gradients(x, y):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(y=y, y_pred=model(x, training=True)) / count
+        return tape.gradient(loss, [weight.value for weight in model.trainable_variables])
+
+    for start in range(0, len(x), BATCH):
+        shares = [
+            gradients(part, labels)
+            for part, labels in zip(
+                np.split(x[start : start + BATCH], count),
+                np.split(y[start : start + BATCH], count),
+                strict=True,
+            )
+        ]
+        sums = [
+            reference.exchange([share.numpy() for share in each])
+            for each in zip(*shares, strict=True)
+        ]
+        model.optimizer.apply([tf.constant(total) for total in sums], model.trainable_variables)
+
+
+if kind == "shares":
+    for _ in range(2):
+        add_shares()
+    history = None
+else:
+    history = model.fit(**options, epochs=2, verbose=0).history
 result = {
     "history": history,
     "weights": [weight.numpy().ravel().tolist() for weight in model.weights],

@@ -54,9 +54,12 @@ def check_close(result, expected, tolerance):
 
 
 def test_fit_on_two_workers():
-    """Under the policy, integers exchanged: equal on both, to the bits of MirroredStrategy."""
+    """Under the policy, integers exchanged: equal on both, to the bits of MirroredStrategy and of
+    one process that adds up what the two would."""
     arguments = ["dfp16", "dfp16", "no", "arrays"]
-    assert fit_workers(2, *arguments) == fit_alone("mirrored", 2, *arguments)
+    result = fit_workers(2, *arguments)
+    assert result == fit_alone("mirrored", 2, *arguments)
+    assert result["weights"] == fit_alone("shares", 2, *arguments)["weights"]
 
 
 # One process has another sum: its weight gradients are aligned to the largest exponent of the whole
