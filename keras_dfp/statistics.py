@@ -7,6 +7,7 @@ says what the numbers mean.
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -211,6 +212,7 @@ class Statistics:
 
         Raises:
             ValueError: If the file in the way is no such table.
+            OSError: If it cannot be written.
             ImportError: If TensorBoard, which writes its files, is not installed.
         """
         if self.folder is None:
@@ -222,10 +224,14 @@ class Statistics:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         table = self.folder / TABLE
-        rows = [row for row in read_table(table) if row[0] <= step] if table.exists() else []
+        try:
+            rows = [row for row in read_table(table) if row[0] <= step] if table.exists() else []
+        except ValueError as error:
+            raise ValueError(f"{error} Move it away, and another will be begun.") from error
         with written_whole(table) as path:
             path.write_text(_lines([COLUMNS, *rows]), encoding="utf-8")
-        self._writer = tf.summary.create_file_writer(str(self.folder / "statistics"))
+        with self._writing():
+            self._writer = tf.summary.create_file_writer(str(self._events))
 
     def before(self, step: int, steps: int = 1) -> None:
         """To be called after `step` steps, before the next `steps` run at once."""
@@ -346,9 +352,26 @@ class Statistics:
             if operand.exponents
         ]
         summary = Summary(value=[value for each in scalars + histograms for value in each.value])
-        with self._writer.as_default(numbers.step):
-            tf.summary.experimental.write_raw_pb(summary.SerializeToString())
-        self._writer.flush()
+        with self._writing():
+            with self._writer.as_default(numbers.step):
+                tf.summary.experimental.write_raw_pb(summary.SerializeToString())
+            self._writer.flush()
+
+    @property
+    def _events(self) -> Path:
+        return (self.folder or Path()) / "statistics"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes what TensorFlow says when it cannot write what Python would."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            # Without its account of where in TensorFlow.
+            what = error.message.split(" [Op:")[0].rpartition("}} ")[2]
+            raise OSError(
+                f"Cannot write TensorBoard's files to {shown(self._events)}: {what}."
+            ) from error
 
 
 def _columns(counts: collections.Counter[int]) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -300,19 +301,46 @@ def test_shares_are_the_whole():
             assert {len(share) for share in shares} <= {images // count, images // count + 1}
 
 
+def tf_config(*addresses, **task):
+    return json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", **task}})
+
+
 @pytest.mark.parametrize(
-    "config",
-    ["{", "[]", '{"cluster": {"worker": ["a:1", "b:2"]}}',
-     '{"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 2}}',
-     '{"cluster": {"worker": ["a:1", "a:1"]}, "task": {"type": "worker", "index": 0}}',
-     '{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}',
-     '{"cluster": {"ps": ["a:1", "b:2"]}, "task": {"type": "ps", "index": 0}}'],
-)  # fmt: skip
-def test_wrong_tf_config(monkeypatch, config):
+    "config, what",
+    [
+        ("{", "it is no JSON: Expecting property name"),
+        ("[]", "it is no object"),
+        ('{"cluster": {"worker": ["a:1", "b:2"]}}', "its task must have the type worker"),
+        ('{"cluster": {"ps": ["a:1"]}, "task": {}}', "workers, and nothing else"),
+        ('{"cluster": {"worker": "a:1"}}', "its workers must be a list"),
+        (tf_config("a:1", "b:2", index=2), "must be from 0 to 1"),
+        (tf_config("a:1", "b:2", index=-1), "must be from 0 to 1"),
+        (tf_config("a:1", "b:2", index="x"), "must be from 0 to 1"),
+        (tf_config("a:1", "b:2", index=0.5), "must be from 0 to 1"),
+        (tf_config("a:1", "b:2", index=0, type="chief"), "its task must have the type worker"),
+        (tf_config("a:1", "a:1", index=0), "a:1 is there twice"),
+        (tf_config("a", "b", index=0), "'a' is no host:port"),
+        (tf_config("a:70000", "b:1", index=0), "'a:70000' is no host:port"),
+        (tf_config(1, 2, index=0), "1 is no host:port"),
+    ],
+)
+def test_wrong_tf_config(monkeypatch, config, what):
     monkeypatch.setenv("TF_CONFIG", config)
-    with pytest.raises(RunError, match="TF_CONFIG must name the workers, each once"):
+    with pytest.raises(RunError, match="TF_CONFIG must name the workers, each once") as caught:
         with workers.joined(1):
             pass
+    assert what in str(caught.value)
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setenv("TF_CONFIG", tf_config(address, "127.0.0.1:1", index=0))
+        with pytest.raises(RunError, match=f"cannot listen at {address}: .* Choose another port"):
+            with workers.joined(1):
+                pass
 
 
 @pytest.mark.parametrize("config", ["", "{}", '{"cluster": {}}'])

@@ -579,6 +579,8 @@ def test_a_command_compares_layers(tmp_path):
     command = ["train", "lenet", "--steps", "4", "--output", str(folder)]
     result = CliRunner().invoke(main, [*command, "--compare", "dense"])
     assert result.exit_code == 2 and "--compare needs --statistics N" in result.output
+    result = CliRunner().invoke(main, [*command, "--statistics", "5"])
+    assert result.exit_code == 2 and "and the run has 4: choose at most that" in result.output
     wrong = [*command, "--statistics", "2", "--compare", "conv", "--compare", "dens"]
     result = CliRunner().invoke(main, wrong)
     assert result.exit_code == 1
@@ -596,6 +598,26 @@ def test_a_command_compares_layers(tmp_path):
     for errors in found.values():
         assert errors.keys() == {"output", "activation", "weight"}
         assert all(1e-6 < error < 1e-2 for error in errors.values())
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "statistics.csv",
+            b"x\xff\0",
+            "is no table of statistics, or spoiled at line 1: .* Move it",
+        ),
+        ("statistics", b"", "Cannot write TensorBoard's files to .*statistics: .*irectory"),
+    ],
+)
+def test_what_is_in_the_way_is_said_in_a_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    command = ["train", "lenet", "--steps", "4", "--statistics", "2", "--output", str(tmp_path)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert re.match(f"Error: .*{message}", result.output.splitlines()[-1])
+    assert (tmp_path / name).read_bytes() == content
 
 
 @pytest.mark.slow

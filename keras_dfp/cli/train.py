@@ -150,6 +150,12 @@ def _train(
             "another folder."
         )
     data = this.find_data()
+    steps = this.steps or this.epochs * (len(data[0]) // this.batch_size)
+    if statistics is not None and 0 < steps < statistics:
+        raise click.UsageError(
+            f"--statistics {statistics} looks at every {statistics}th step, and the run has "
+            f"{steps}: choose at most that."
+        )
     if workers.is_chief:
         make_folder(output)
     run = Run(this, output, data, resume, workers, compare)

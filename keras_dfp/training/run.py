@@ -269,7 +269,10 @@ class Run:
                     stop_on_nonfinite=stop_on_nonfinite,
                 )
                 stack.callback(self._statistics.stop)
-                self._statistics.start(self.progress.step)
+                try:
+                    self._statistics.start(self.progress.step)
+                except ValueError as error:
+                    raise RunError(str(error)) from error
             if stop_on_nonfinite and not self._checkpoint.exists():
                 self.save()
             try:

@@ -212,29 +212,44 @@ def _cluster() -> tuple[list[str], int]:
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
         return [], 0
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise _wrong(text, f"it is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise _wrong(text, "it is no object")
+    if not (cluster := config.get("cluster")):
+        return [], 0
+    if not isinstance(cluster, dict) or set(cluster) != {"worker"}:
+        raise _wrong(text, "its cluster must have workers, and nothing else")
+    addresses, task = cluster["worker"], config.get("task")
+    if not isinstance(addresses, list) or not addresses:
+        raise _wrong(text, "its workers must be a list of addresses")
+    for address in addresses:
+        host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise _wrong(text, f"{address!r} is no host:port, of a port from 1 to 65535")
+        if addresses.count(address) > 1:
+            raise _wrong(text, f"{address} is there twice")
+    if not isinstance(task, dict) or task.get("type") != "worker":
+        raise _wrong(text, "its task must have the type worker")
+    index = task.get("index")
+    if isinstance(index, str) and index.isdecimal():
+        index = int(index)
+    if type(index) is not int or not 0 <= index < len(addresses):
+        raise _wrong(text, f"the index of its task must be from 0 to {len(addresses) - 1}")
+    return addresses, index
+
+
+def _wrong(text: str, what: str) -> RunError:
     example = (
         '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, '
         '"task": {"type": "worker", "index": 0}}'
     )
-    try:
-        config = json.loads(text)
-        if not config.get("cluster"):
-            return [], 0
-        addresses, task = config["cluster"]["worker"], config["task"]
-        index = int(task["index"])
-        right = len(config["cluster"]) == 1 and task["type"] == "worker"
-        right = right and 0 <= index < len(addresses)
-        ports = [int(address.rpartition(":")[2]) for address in addresses]
-        right = right and all(0 < port < 2**16 for port in ports)
-        right = right and len(set(addresses)) == len(addresses)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        right = False
-    if not right:
-        raise RunError(
-            "TF_CONFIG must name the workers, each once, and say which of them this is, as in "
-            f"{example}; got {text}."
-        )
-    return addresses, index
+    return RunError(
+        "TF_CONFIG must name the workers, each once, and say which of them this is, as in "
+        f"{example}; {what}; got {text}"
+    )
 
 
 def _rendezvous(addresses: list[str], index: int, timeout: float) -> None:
@@ -307,7 +322,10 @@ def _listener(address: str, index: int) -> socket.socket:
                 raise
             return _bound(family, "", port)
     except OSError as error:
-        raise RunError(f"Worker {index} cannot listen at {address}: {error.strerror}.") from error
+        raise RunError(
+            f"Worker {index} cannot listen at {address}: {error.strerror}. Choose another port in "
+            "TF_CONFIG, the same on every machine, or end what uses it."
+        ) from error
 
 
 def _bound(family: int, host: str, port: int) -> socket.socket:
