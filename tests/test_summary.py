@@ -1,6 +1,7 @@
 """`keras-dfp report`: what a page says of runs, and that a browser shows it."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -49,8 +50,9 @@ def table(path, layers=LAYERS, steps=STEPS, **changed):
                     writer.writerow((step, layer, tensor, "nonfinite", 0))
                 for (tensor, quantity), ms in zip(summary.PRODUCTS, (1.5, 2, 4), strict=True):
                     writer.writerow((step, layer, tensor, quantity, ms))
-            for tensor in summary.ERRORS:
-                writer.writerow((step, layers[0], tensor, "error", 0.003))
+            # Of one that is not among the worst, and of one that is.
+            for layer, tensor in itertools.product(layers[:2], summary.ERRORS):
+                writer.writerow((step, layer, tensor, "error", 0.003))
 
 
 @pytest.fixture(scope="module")

@@ -54,5 +54,6 @@ def report(folders: tuple[Path, ...], output: Path | None) -> None:
         for each in run.advised[:3]:
             click.echo(f"{run.name}: {shown(each.layer)}: {shown(each.advice)}")
         if len(run.advised) > 3:
-            click.echo(f"{run.name}: and {len(run.advised) - 3} layers more.")
+            more = len(run.advised) - 3
+            click.echo(f"{run.name}: and {more} layer{'s' if more > 1 else ''} more.")
     click.echo(f"In {shown(output)}; its pictures in {shown(folder)}{os.sep}")
