@@ -584,7 +584,7 @@ def test_a_command_compares_layers(tmp_path):
     wrong = [*command, "--statistics", "2", "--compare", "conv", "--compare", "dens"]
     result = CliRunner().invoke(main, wrong)
     assert result.exit_code == 1
-    message = "compare: 'conv', 'dens' match no layer on integers. Did you mean: "
+    message = "--compare 'conv', 'dens' match no layer on integers. Did you mean: "
     assert message in result.output and "dense" in result.output.partition(message)[2]
     # Nothing is left of it, so that the right command needs no other folder.
     assert not list(folder.glob("*"))

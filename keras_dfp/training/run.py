@@ -200,7 +200,7 @@ class Run:
             if compare:
                 on_integers = [row["path"] for row in describe(self.model).rows if row["format"]]
                 if words := comparing.unmatched(compare, on_integers):
-                    raise RunError(f"compare: {words}")
+                    raise RunError(f"--compare {words}")
             self._open(resume, facts)
         self._load()
 
