@@ -32,7 +32,8 @@ cdef inline bint by_channel(const Conv* v, Pass which) noexcept nogil:
     if v.depthwise or v.channels > 1:
         return v.depthwise or v.groups == v.channels
     # A single channel could be either. Weight gradients of 3x3 kernels, 64 images of 28x28 pixels,
-    # took 0.6 ms as sums of rows with 32 filters, 6.0 with 16; 2.3 and 2.1 as a product of matrices.
+    # took 0.6 ms as sums of rows with 32 filters, 6.0 with 16; 2.3 and 2.1 as a product of
+    # matrices.
     return v.filters >= MANY_FILTERS and which == WEIGHT_GRADIENT
 
 

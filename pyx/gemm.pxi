@@ -10,9 +10,9 @@
 # plan.pxi chooses.
 #
 # A task computes a block of mb rows and nb columns. It packs the block of A (pack.pxi; rows of an
-# image are copied or gathered here, im2col exists only block by block), packs its panels of B unless all of
-# B was packed beforehand, and runs the microkernel tile by tile, panel after panel. Long K is cut
-# into blocks of kb products; partial sums wait in `acc`, tile by tile.
+# image are copied or gathered here, im2col exists only block by block), packs its panels of B
+# unless all of B was packed beforehand, and runs the microkernel tile by tile, panel after panel.
+# Long K is cut into blocks of kb products; partial sums wait in `acc`, tile by tile.
 
 cdef enum:
     CACHED = 393216         # bytes of A (or of B) a task keeps in the second-level cache
