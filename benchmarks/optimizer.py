@@ -4,11 +4,14 @@
                                                       "repeats": 7, "steps": 3}'
 
 `update_ms` is the time of a graph that makes gradients and applies them, less that of one that only
-makes them. `step_ms` is a whole training step under dfp16, where `steps` says how many to time.
+makes them. Where `steps` says how many to time, `step_ms` is a whole training step under dfp16,
+`in_step_ms` what the optimizer's ops take in it, by TensorFlow's profiler, and `in_step_share`
+their share of the time of all ops. `"optimizers": ["SGD", "DFPSGD"]` measures these alone.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 import keras
@@ -18,6 +21,7 @@ from keras_dfp import native
 from keras_dfp.benchmarks.machine import medians
 from keras_dfp.benchmarks.networks import NETWORKS, build, data
 from keras_dfp.benchmarks.run import Doing
+from keras_dfp.benchmarks.step import profile
 from keras_dfp.optimizers import DFPSGD, DFPAdam
 
 OPTIMIZERS = {
@@ -32,13 +36,15 @@ OPTIMIZERS = {
 
 def measure(settings: dict) -> Iterator[Doing | dict]:
     """Yields a row per optimizer, and one for quantizing all kernels; settings: network, repeats,
-    steps."""
+    steps, and optimizers, if not all."""
     network = NETWORKS[settings["network"]]
     model = build(settings["network"], network.image_size, "dfp16")
     weights = model.trainable_variables
     batch = data(model, network.batch)
-    for done, (name, make) in enumerate(OPTIMIZERS.items()):
-        yield Doing(f"{settings['network']} {name}", done / len(OPTIMIZERS))
+    names = settings.get("optimizers", OPTIMIZERS)
+    for done, name in enumerate(names):
+        make = OPTIMIZERS[name]
+        yield Doing(f"{settings['network']} {name}", done / len(names))
         optimizer = make()
         optimizer.build(weights)
         ways = {"update": _updating(weights, optimizer), "make": _updating(weights, None)}
@@ -46,8 +52,13 @@ def measure(settings: dict) -> Iterator[Doing | dict]:
         row = {"optimizer": name, "update_ms": taken["update"] - taken["make"]}
         row["slots_mb"] = sum(v.value.numpy().nbytes for v in optimizer.variables) / 1e6
         if settings["steps"]:
-            step = _training(model, make(), *batch)
+            step, graph = _training(model, make(), *batch)
             row["step_ms"] = medians({"step": step}, settings["steps"])["step"]
+            shares = []
+            for _ in range(settings["steps"]):
+                kinds = {kind["kind"]: kind["ms"] for kind in profile(step, graph, model)}
+                shares.append((kinds["optimizer"] / sum(kinds.values()), kinds["optimizer"]))
+            row["in_step_share"], row["in_step_ms"] = statistics.median_high(shares)
         yield row
     kernels = [tf.convert_to_tensor(w.value) for w in weights if w.shape.rank > 1]
     quantize = medians({"all": lambda: [_quantized(k) for k in kernels]}, settings["repeats"])
@@ -73,7 +84,7 @@ def _training(model, optimizer, x, y, loss):
     def step(x, y):
         return model.train_step((x, y))["loss"]
 
-    return lambda: float(step(x, y))
+    return lambda: float(step(x, y)), step.get_concrete_function(x, y).graph
 
 
 def _quantized(kernel):
