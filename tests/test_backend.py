@@ -555,6 +555,36 @@ def test_steps_per_execution(steps):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: layers.Dense(2), (6,)),
+        (lambda: layers.Conv2D(2, 3), (5, 5, 2)),
+        (lambda: layers.DepthwiseConv2D(3), (5, 5, 2)),
+    ],
+    ids=["dense", "conv", "depthwise"],
+)
+def test_fit_where_only_python_knows_a_shape(make, shape):
+    class AsItCame(layers.Layer):
+        def call(self, x):
+            # As what looks words up does: the shape is set, and lost in a function's graph.
+            y = tf.numpy_function(lambda x: x, [x], tf.float32)
+            y.set_shape(x.shape)
+            return y
+
+    x = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
+    trained = []
+    for before in (AsItCame(), layers.Identity()):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input(shape), before, make(), layers.Flatten()])
+        keras_dfp.set_model_policy(model, "dfp16")
+        model.compile("sgd", "mse")
+        model.fit(x, np.zeros((4, *model.output_shape[1:])), batch_size=2, shuffle=False, verbose=0)
+        trained.append(model.get_weights())
+    for ours, known in zip(*trained, strict=True):
+        np.testing.assert_array_equal(ours, known)
+
+
 def test_keras_dfp_ops_take_the_global_format():
     with keras_dfp.policy_scope(DFPPolicy(mantissa_bits=9)):
         assert ops.current_format() == DFPFormat(9)

@@ -54,8 +54,10 @@ cdef void conv_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
             tf.ShapeInferenceContextSubshape(c, x, 0, 1, n, st)
             tf.ShapeInferenceContextWithRank(c, unknown, rank - 1, unknown, st)
             tf.ShapeInferenceContextConcatenateShapes(c, n, unknown, unknown, st)
-    if tf.GetCode(st) == TF_OK:
-        tf.ShapeInferenceContextSetOutput(c, 0, unknown, st)
+        if tf.GetCode(st) == TF_OK:
+            tf.ShapeInferenceContextSetOutput(c, 0, unknown, st)
+    else:
+        rank_of(c, 0, 3, st)
     tf.DeleteShapeHandle(x)
     tf.DeleteShapeHandle(w)
     tf.DeleteShapeHandle(unknown)
@@ -63,11 +65,11 @@ cdef void conv_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
 
 
 cdef void conv_input_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    rank_of(c, 1, st)
+    rank_of(c, 1, 4, st)
 
 
 cdef void conv_filter_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    rank_of(c, 0, st)
+    rank_of(c, 0, 4, st)
 
 
 cdef void* conv_create_with(TF_OpKernelConstruction* k, const char* a_bits,

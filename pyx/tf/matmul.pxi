@@ -33,8 +33,10 @@ cdef void matmul_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogi
             c, a, 0, max(<int64_t>0, tf.ShapeInferenceContextRank(c, a) - 2), y, st)
         tf.ShapeInferenceContextWithRank(c, matrix, 2, matrix, st)
         tf.ShapeInferenceContextConcatenateShapes(c, y, matrix, y, st)
-    if tf.GetCode(st) == TF_OK:
-        tf.ShapeInferenceContextSetOutput(c, 0, y, st)
+        if tf.GetCode(st) == TF_OK:
+            tf.ShapeInferenceContextSetOutput(c, 0, y, st)
+    else:
+        rank_of(c, 0, 3, st)
     tf.DeleteShapeHandle(a)
     tf.DeleteShapeHandle(y)
     tf.DeleteShapeHandle(matrix)

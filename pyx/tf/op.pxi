@@ -74,11 +74,18 @@ cdef void same_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
     tf.DeleteShapeHandle(x)
 
 
-cdef void rank_of(TF_ShapeInferenceContext* c, int input, TF_Status* st) noexcept nogil:
-    """Only the rank of a gradient is known here: its shape is the value of a tensor."""
+cdef void rank_of(TF_ShapeInferenceContext* c, int input, int other,
+                  TF_Status* st) noexcept nogil:
+    """Only the rank is known here, that of two inputs: one's, where the other's is not.
+
+    What Python knows of a shape is lost where a graph is called as a function; ops that want at
+    least a rank (TensorFlow's `IdentityN`, in every optimizer) fail there if even that is unknown.
+    """
     cdef TF_ShapeHandle* like = tf.NewShapeHandle()
     cdef TF_ShapeHandle* y = tf.NewShapeHandle()
     tf.ShapeInferenceContextGetInput(c, input, like, st)
+    if not tf.ShapeInferenceContextRankKnown(c, like):
+        tf.ShapeInferenceContextGetInput(c, other, like, st)
     if tf.ShapeInferenceContextRankKnown(c, like):
         tf.ShapeInferenceContextWithRank(c, y, tf.ShapeInferenceContextRank(c, like), y, st)
     tf.ShapeInferenceContextSetOutput(c, 0, y, st)
