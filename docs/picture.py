@@ -1,6 +1,6 @@
 """Draws README's picture from what was measured: `python docs/picture.py` writes docs/picture.png.
 
-Speed is the table "Whole steps, fused" of performance.md; accuracy, the study of ResNet-20 in
+Speed is the table "Whole training steps" of performance.md; accuracy, the study of ResNet-20 in
 accuracy/resnet20.
 """
 
@@ -19,8 +19,9 @@ BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.25"
 def speeds() -> list[tuple[str, float, float | None]]:
     """Returns of each network its name, and how fast dfp16 and mixed_bfloat16 are, in float32s."""
     page = (DOCS / "performance.md").read_text()
-    section = page.partition("## Whole steps, fused")[2].partition("Where the time goes")[0]
-    rows = [re.split(r" *\| *", line.strip("| ")) for line in section.splitlines() if "**" in line]
+    section = page.partition("## Whole training steps")[2].partition("Where the time goes")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|") and "**" in line]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in lines]
     named = [(re.split(", batch| 784", row[0])[0], row[3].strip("*"), row[4]) for row in rows]
     return [(name, float(ours), float(other) if other else None) for name, ours, other in named]
 
