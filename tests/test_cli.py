@@ -81,6 +81,7 @@ def test_version():
             ("describe", "my net"),
             "neither a .keras file nor the name of a network of the zoo or of",
         ),
+        (("describe", os.curdir), ". is a folder. Of a run, name its model.keras."),
         (("describe", "ResNet50", "--policy", "float32"), "is not one of 'dfp16', 'dfp16_paper'"),
     ],
 )

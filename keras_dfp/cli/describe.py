@@ -73,6 +73,10 @@ def build(name: str) -> keras.Model:
     }
     if name.lower() in applications:
         return applications[name.lower()](weights=None)
+    if Path(name).is_dir():
+        raise click.BadParameter(
+            f"{shown(Path(name))} is a folder. Of a run, name its model.keras.", param_hint="MODEL"
+        )
     names = {key: key for key in zoo.list()}
     names |= {key: value.__name__ for key, value in applications.items() if key not in names}
     close = difflib.get_close_matches(name.lower(), names)
