@@ -194,7 +194,8 @@ def test_quantize_rows():
 def test_optimizer_rows():
     *rows, quantizing = rows_of(optimizer, network="convnet", repeats=3, steps=1)
     assert [row["optimizer"] for row in rows] == list(optimizer.OPTIMIZERS)
-    assert all(row["step_ms"] > 0 for row in rows) and quantizing["quantizing_kernels_ms"] > 0
+    assert all(row["step_ms"] > 0 and 0 < row["in_step_share"] < 1 for row in rows)
+    assert quantizing["quantizing_kernels_ms"] > 0
     slots = {row["optimizer"]: row["slots_mb"] for row in rows}
     assert slots["SGD"] == slots["DFPSGD"] == pytest.approx(slots["Adam"] / 2, rel=1e-3)
     assert slots["DFPAdam, dfp16"] == pytest.approx(slots["Adam"] * 33 / 64, rel=1e-2)
