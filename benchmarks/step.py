@@ -120,7 +120,7 @@ def profile(run, graph, model: keras.Model) -> list[dict]:
         ops = list(timed_ops(path.read_bytes()))
     classes = {layer.name: type(layer).__name__ for layer in model.layers}
     classes[model.optimizer.name] = "optimizer"
-    moved = {op.name: _bytes([*op.inputs, *written(op)]) for op in operations(graph)}
+    moved = {op.name: _bytes([*read(op), *written(op)]) for op in operations(graph)}
     kinds: dict[str, dict[str, Any]] = collections.defaultdict(
         lambda: {"ms": 0.0, "calls": 0, "mb": 0.0, "ops": {}}
     )
@@ -192,8 +192,20 @@ def operations(graph: tf.Graph) -> Iterator[tf.Operation]:
             yield from operations(graph._get_function(op.get_attr("body").name).graph)
 
 
+def read(op: tf.Operation) -> list[tf.Tensor]:
+    """Returns the inputs that an op reads: tokens are there for the sake of gradients."""
+    if op.type == "DfpToken":
+        return []
+    if not op.type.startswith(("DfpConv", "DfpMatmul")):
+        return op.inputs
+    arguments = zip(op.op_def.input_arg, op.inputs, strict=True)
+    return [tensor for argument, tensor in arguments if not argument.name.endswith("_token")]
+
+
 def written(op: tf.Operation) -> list[tf.Tensor]:
     """Returns the outputs that an op writes."""
+    if op.type == "DfpToken":
+        return []
     if op.type not in ("DfpNormalize", "DfpNormalizeGradient"):
         return op.outputs
     # Those that no attribute wants are empty, though their shapes do not say so.
