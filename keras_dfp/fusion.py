@@ -38,7 +38,7 @@ _CLIPS = {"Relu": "relu", "Relu6": "relu6"}
 SIZES = ("Shape", "ShapeN", "Size", "Rank")
 _MASKS = {"ReluGrad": "relu", "Relu6Grad": "relu6"}
 # The products that add a bias as they store their result.
-_WITH_BIAS = {"DfpConv": lib.dfp_conv_bias, "DfpMatmul": lib.dfp_matmul_bias}
+_BIASED = {"DfpConvBias": lib.dfp_conv_bias, "DfpMatmulBias": lib.dfp_matmul_bias}
 # What a DfpNormalizeGradient takes: tensors that it adds, channels that it sums.
 _MOST_PARTS = 8
 _MOST_CHANNELS = 4096
@@ -248,7 +248,7 @@ class _Rewriting:
             return
         x, bias = op.inputs
         product = x.op
-        make = _WITH_BIAS.get(product.type)
+        make = _BIASED.get(product.type + "Bias")
         if (
             make is None
             or self._readers_of(x) != [(op, 0)]
@@ -270,11 +270,11 @@ class _Rewriting:
         """
         x, y = op.inputs[0], op.outputs[0]
         product, clip = x.op, _CLIPS[op.type]
-        make = _WITH_BIAS.get(product.type.removesuffix("Bias"))
+        make = _BIASED.get(product.type)
         readers = [reader for reader in self._readers_of(x) if reader[0] is not op]
         if (
             make is None
-            or not product.type.endswith("Bias")
+            or product.get_attr("clip") != b"none"
             or not self._is_read(op)
             or id(x) in self._results
             or id(y) in self._results

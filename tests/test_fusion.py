@@ -584,6 +584,19 @@ def test_no_activation_is_left(name):
     assert "Relu6Grad" not in found or name == "biases", found
 
 
+@pytest.mark.parametrize("first, second", [(relu6, relu), (relu, relu6), (relu6, relu6)])
+def test_one_activation_after_another(first, second):
+    """A product clips once: what it clips already is left to the second."""
+
+    def body(x):
+        x = second(first(layers.Conv2D(8, 3)(4.0 * x)))
+        return layers.Conv2D(8, 1)(layers.MaxPooling2D()(x))
+
+    x = 8 * images()
+    fused, separate = (tf.function(built(functional(body), fused=f))(x) for f in (True, False))
+    assert_same(fused.numpy(), separate.numpy(), "an inference")
+
+
 def test_nothing_is_fused_that_should_not_be():
     """Neither under fused=False nor where layers stay float32."""
 
