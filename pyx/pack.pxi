@@ -29,12 +29,13 @@ cdef struct ASource:
     int64_t ld
     Window window
 
-# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride, or at
-# data + tiles[t]; or each of its rows at data + starts[row], and it has the products of those runs
-# that meet the image.
+# Runs from `first` to before `end`.
 cdef struct Runs:
-    int64_t first, count
+    int64_t first, end
 
+# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride, or at
+# data + tiles[t]; or each of its rows at data + starts[row], and the tile has the products of those
+# runs only that meet the image.
 cdef struct ABlock:
     const int16_t* data
     int64_t row_stride, pair_stride, tile_stride
@@ -313,10 +314,15 @@ cdef inline void interleave_or_zero(const int16_t* p, const int16_t* q, int64_t 
 # even number of pixels from the first and (1, 2) (3, 4) .. for the others, in rows as the image has
 # them, with its padding; a tap is a distance, and a row of positions a run.
 
+cdef inline bint in_plane(const Window* v) noexcept nogil:
+    """Are there several taps, and no depth to slide along?"""
+    return (v.taps[0] == v.size[0] == v.positions[0] == 1 and v.offset[0] == 0
+            and v.taps[1] * v.taps[2] > 1)
+
+
 cdef inline bint taps_share(const Window* v) noexcept nogil:
     """Can that be? Pairs may not reach from one row of positions into the next."""
-    return (v.taps[0] == v.size[0] == v.positions[0] == 1 and v.offset[0] == 0
-            and v.step[1] == v.step[2] == 1 and v.taps[1] * v.taps[2] > 1
+    return (in_plane(v) and v.step[1] == v.step[2] == 1
             and v.positions[2] % 2 == 0 and v.channels % kernel.mr == 0)
 
 
@@ -412,9 +418,8 @@ cdef void interleave_row(const Window* v, const int16_t* image, int64_t item, in
 # What is copied at a time is a band: whole rows of positions of one image, or a part of one row.
 
 cdef inline bint windows_overlap(const Window* v) noexcept nogil:
-    """Or touch, in a plane, and few pixels lie between their taps."""
-    return (v.taps[0] == v.size[0] == v.positions[0] == 1 and v.offset[0] == 0
-            and v.taps[1] * v.taps[2] > 1
+    """Or touch, and few pixels lie between their taps."""
+    return (in_plane(v)
             and v.step[1] <= reach(v, 1) + 1 and reach(v, 1) <= 2 * v.taps[1]
             and v.step[2] <= reach(v, 2) + 1 and reach(v, 2) <= 2 * v.taps[2])
 
@@ -457,7 +462,7 @@ cdef void pack_windows(const Window* v, const int16_t* image, int64_t m0, int64_
         runs[i] = (i // across * v.tap_step[1] * line
                    + i % across * v.tap_step[2] * v.channels)
     for i in range(tiles):
-        met[i].first, met[i].count = v.taps[1], 0
+        met[i].first, met[i].end = v.taps[1] * across, 0
     i = 0
     while i < mc:
         width = min(v.positions[2] - at.w, mc - i)
@@ -465,7 +470,8 @@ cdef void pack_windows(const Window* v, const int16_t* image, int64_t m0, int64_
         if width == v.positions[2]:
             height = min(v.positions[1] - at.h, (mc - i) // width)
         for h in range(height):
-            meet_rows(v, at.h + h, met + i // kernel.mr, met + (i + width - 1) // kernel.mr)
+            meet_rows(v, at.h + h, across, met + i // kernel.mr,
+                      met + (i + width - 1) // kernel.mr)
             for w in range(width):
                 starts[i + w] = (pixels - block.data) + (h * v.step[1] * line
                                                          + w * v.step[2] * v.channels)
@@ -479,23 +485,22 @@ cdef void pack_windows(const Window* v, const int16_t* image, int64_t m0, int64_
             if at.h == v.positions[1]:
                 at.h, at.item = 0, at.item + 1
     for i in range(tiles):
-        met[i].count = max(met[i].count - met[i].first, <int64_t>0) * across
-        met[i].first = met[i].first * across if met[i].count else 0
+        # Of nothing but padding, an empty sum.
+        met[i].first = min(met[i].first, met[i].end)
     # A run of odd length reads one more, where B has a zero.
     pixels[0] = 0
 
 
-cdef inline void meet_rows(const Window* v, int64_t h, Runs* tile, const Runs* last) noexcept nogil:
-    """Widens the kernel rows from `first` to before `count`, of these tiles, by those that meet
-    the image from positions of row h."""
+cdef inline void meet_rows(const Window* v, int64_t h, int64_t across, Runs* tile,
+                           const Runs* last) noexcept nogil:
+    """Lets tiles have the runs, `across` of a kernel row, that meet the image from row h."""
     cdef int64_t first = 0, end = v.taps[1], pixel = h * v.step[1] + v.offset[1]
     while first < end and not 0 <= pixel + first * v.tap_step[1] < v.size[1]:
         first += 1
     while first < end and not 0 <= pixel + (end - 1) * v.tap_step[1] < v.size[1]:
         end -= 1
-    while tile <= last:
-        if first < end:
-            tile.first, tile.count = min(tile.first, first), max(tile.count, end)
+    while first < end and tile <= last:
+        tile.first, tile.end = min(tile.first, first * across), max(tile.end, end * across)
         tile += 1
 
 

@@ -205,7 +205,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
             met = a.met + t
             tile.runs = a.runs + met.first
             tile.b = b + met.first * a.run * 2 * nr
-            tile.pairs = met.count * a.run
+            tile.pairs = (met.end - met.first) * a.run
         tile.rows = rows
         tile.acc = <int32_t*>acc
         tile.resume = not block.first

@@ -48,10 +48,7 @@ static inline void portable_chain(const dfp_tile *t, int64_t first, int64_t n, p
 static inline float portable_scaled(const dfp_tile *t, int i, int j, float sum) {
     sum *= t->row_scale[i];
     if (t->column_scale) sum *= t->column_scale[j];
-    if (!t->bias) return sum;
-    sum += t->bias[j];
-    sum = sum < t->low ? t->low : sum;
-    return sum > t->high ? t->high : sum;
+    return t->bias ? clip__portable(sum + t->bias[j], t->low, t->high) : sum;
 }
 
 static void gemm_s16_exact__portable(const dfp_tile *t) {

@@ -135,7 +135,7 @@ cdef void bias_attrs(TF_OpKernelConstruction* k, Attrs* a) noexcept nogil:
     cdef TF_Status* st = tf.NewStatus()
     a.bias = True
     a.clip = clip_attr(k, st)
-    tf.DeleteStatus(st)
+    finish_create(k, st)
 
 
 cdef void fail_shapes(Call* c, const char* message, const char* name1, const Shape* s1,
