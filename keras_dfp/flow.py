@@ -15,11 +15,11 @@ import keras
 import tensorflow as tf
 
 from keras_dfp.backend.recording import Recording
-from keras_dfp.fusion import SIZES, Chain, chain_of
+from keras_dfp.fusion import SIZES, Chain, activation_of, chain_of
 from keras_dfp.internals import ControlFlowFuncGraph
 from keras_dfp.operand import Quantized
 
-_CLIPS = {"relu": "ReLU", "relu6": "ReLU6"}
+_ACTIVATIONS = {"relu": "ReLU", "relu6": "ReLU6", "silu": "SiLU"}
 _NAMES = {
     "Placeholder": "input",
     **dict.fromkeys(("MaxPool", "MaxPoolV2", "MaxPool3D"), "max pooling"),
@@ -142,14 +142,17 @@ class Flow:
         return self._bytes(x, x, 4)
 
     def float_inputs(self) -> list[tf.Tensor]:
-        """Returns the float32 tensors that native batch norm and ReLUs keep, each once."""
+        """Returns the float32 tensors that native batch norm and activations keep, each once."""
         kept = {}
         for op in self._native_steps():
-            if op.type == "DfpNormalize":
+            tensor = None
+            if activation_of(op) == "none":
                 if op.get_attr("n_parameters") == 4:
-                    kept[id(op.inputs[0])] = op.inputs[0]
-            elif (chain := chain_of(op.outputs[0])) is not None and chain.saved != "bits":
-                tensor = chain.x if chain.saved == "x" else op.outputs[0]
+                    tensor = op.inputs[0]
+            elif (chain := chain_of(op.outputs[0])) is not None:
+                saved = {"x": chain.x, "sum": op.inputs[0], "result": op.outputs[0]}
+                tensor = saved.get(chain.saved)
+            if tensor is not None:
                 kept[id(tensor)] = tensor
         return list(kept.values())
 
@@ -162,14 +165,14 @@ class Flow:
         results = [
             op.outputs[0]
             for op in self._native_steps()
-            if op.type != "DfpNormalize"
+            if activation_of(op) != "none"
             and (chain := chain_of(op.outputs[0])) is not None
             and chain.saved == "bits"
         ]
         return [self._bytes(y, y, Fraction(1, 8)) for y in results]
 
     def _native_steps(self):
-        """Returns the batch norms, biases, sums and ReLUs that `fusion` looks at."""
+        """Returns the batch norms, biases, sums and activations that `fusion` looks at."""
         if not any(op.type in ("DfpToken", "DfpNormalize") for op in self._ops):
             return []
         return [
@@ -234,4 +237,4 @@ def _first_quantized(tensor) -> tf.Operation | None:
 def _words(chain: Chain) -> list[str]:
     words = {4: ["batch norm"], 1: ["bias"], 0: []}[len(chain.parameters)]
     words += ["residual sum"] * len(chain.residual)
-    return words if chain.clip == "none" else [*words, _CLIPS[chain.clip]]
+    return words if chain.activation == "none" else [*words, _ACTIVATIONS[chain.activation]]

@@ -3,8 +3,10 @@
 A layer's product wants int16; what comes before it is a chain of float32 steps, each of which would
 read and write the whole tensor. So would the steps of its gradient:
 
-    forward     x -> [batch norm | bias] -> [residual sum] -> [ReLU | ReLU6] -> DfpQuantize
-    backward    [AddN ->] [ReluGrad | Relu6Grad] -> [gradient of batch norm] -> DfpQuantize
+    forward     x -> [batch norm | bias] -> [residual sum] -> [activation] -> DfpQuantize
+    backward    [AddN ->] [activation's gradient] -> [gradient of batch norm] -> DfpQuantize
+
+An activation is a ReLU, a ReLU6 or a SiLU.
 
 Layers, gradients and everything in Python see these steps and nothing else. Only when TensorFlow
 makes a function of a graph, which is then complete, `fused` looks for such chains, adds ops that do
@@ -66,14 +68,14 @@ def fused(graph: tf.Graph) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """The steps that a tensor comes from: `clip(normalised x + residual)`.
+    """The steps that a tensor comes from: `activation(normalised x + residual)`.
 
     Attributes:
         x: What the steps begin with.
         parameters: Offset, mean, variance and scale of batch norm; of a bias the offset alone;
             neither: nothing.
         residual: What a residual sum adds, one tensor or none.
-        clip: `"relu"`, `"relu6"` or `"none"`.
+        activation: `"relu"`, `"relu6"`, `"silu"` or `"none"`.
         epsilon: That of batch norm.
         training: Whether its statistics are those of x.
         steps: How many steps there are.
@@ -82,33 +84,36 @@ class Chain:
     x: tf.Tensor
     parameters: tuple[tf.Tensor, ...]
     residual: tuple[tf.Tensor, ...]
-    clip: str
+    activation: str
     epsilon: float
     training: bool
     steps: int
 
     @property
     def saved(self) -> str:
-        """What the gradient of the clip asks: the chain's `"x"`, `"bits"`, or its `"result"`.
+        """What the activation's gradient asks: the chain's `"x"`, `"bits"`, or its `"result"`.
 
-        Without a residual, the mask is computed anew from what the steps begin with. Bits say
-        where the result is positive; a ReLU6 asks for more.
+        Without a residual, it computes anew what it needs, from what the steps begin with. Bits say
+        where the result is positive; a ReLU6 asks for more. That of a SiLU asks for what comes
+        before it, not for its result: `"sum"`.
         """
         if not self.residual:
             return "x"
-        if self.clip != "relu" or (self.x.shape[-1] or 1) % 8:
+        if self.activation == "silu":
+            return "sum"
+        if self.activation != "relu" or (self.x.shape[-1] or 1) % 8:
             return "result"
         return "bits"
 
 
 def chain_of(tensor: tf.Tensor) -> Chain | None:
     """Returns the steps that a tensor of a graph comes from, None if there are none."""
-    op, clip, steps = tensor.op, "none", 0
+    op, activation, steps = tensor.op, activation_of(tensor.op), 0
     residual: tuple[tf.Tensor, ...] = ()
     parameters: Sequence[tf.Tensor] = ()
     epsilon, training = 0.0, False
-    if op.type in _CLIPS:
-        clip, tensor, steps = _CLIPS[op.type], op.inputs[0], 1
+    if activation != "none":
+        tensor, steps = op.inputs[0], 1
         op = tensor.op
     if _is_step(op) and op.get_attr("n_residual"):
         tensor, other = op.inputs
@@ -121,7 +126,14 @@ def chain_of(tensor: tf.Tensor) -> Chain | None:
         epsilon, training, steps = op.get_attr("epsilon"), op.get_attr("training"), steps + 1
     if not steps or tensor.dtype != tf.float32 or (tensor.shape.rank or 0) < 2:
         return None
-    return Chain(tensor, tuple(parameters), residual, clip, epsilon, training, steps)
+    return Chain(tensor, tuple(parameters), residual, activation, epsilon, training, steps)
+
+
+def activation_of(op: tf.Operation) -> str:
+    """Returns which activation an op is, and is nothing else: a ReLU or a SiLU, or `"none"`."""
+    if _is_native(op) and op.get_attr("n_parameters") == op.get_attr("n_residual") == 0:
+        return op.get_attr("activation").decode()
+    return _CLIPS.get(op.type, "none")
 
 
 class _Rewriting:
@@ -134,7 +146,7 @@ class _Rewriting:
         self._empty = {}  # from a tensor's id to an output that stands for it and has no elements
         self._again = []  # fused ops whose mantissas are cheap to compute, and their arguments
         self._tokens = []  # ops that say what was quantized, and read no float of it
-        self._masks = {}  # from the gradient of a ReLU to the steps that the ReLU ends
+        self._masks = {}  # from the gradient of an activation to the steps that this ends
         self._bits = {}  # from the id of a ReLU's result to where it is positive, None before
 
     # ---- the graph -------------------------------------------------------------------------------
@@ -307,7 +319,7 @@ class _Rewriting:
             residual=chain.residual,
             bounds=self._bounds(chain, how) if quantizer and not needs_y else [],
             step=step,
-            clip=chain.clip,
+            activation=chain.activation,
             epsilon=chain.epsilon,
             training=chain.training,
             want_y=needs_y,
@@ -369,16 +381,22 @@ class _Rewriting:
     # ---- backward --------------------------------------------------------------------------------
 
     def _find_masks(self, ops):
-        """Finds the gradients of ReLUs that need not read the ReLU's result."""
+        """Finds the gradients of activations that need not read what TensorFlow gives them.
+
+        That is the result of a ReLU, and what comes before a SiLU.
+        """
         for op in ops:
-            chain = chain_of(op.inputs[1]) if op.type in _MASKS else None
-            if chain is None or chain.clip != _MASKS[op.type]:
+            silu = _is_silu_gradient(op)
+            if not silu and op.type not in _MASKS:
+                continue
+            chain = _before_silu(op.inputs[1]) if silu else chain_of(op.inputs[1])
+            if chain is None or chain.activation != ("silu" if silu else _MASKS[op.type]):
                 continue
             # A ReLU alone, before what has another policy, is left alone.
             readers = self._readers_of(op.inputs[1])
             if (
                 chain.steps == 1
-                and not any(_is_quantizer(reader) for reader, _ in readers)
+                and (silu or not any(_is_quantizer(reader) for reader, _ in readers))
                 and not all(_takes_gradient(*reader) for reader in self._readers_of(op.outputs[0]))
             ):
                 continue
@@ -387,10 +405,11 @@ class _Rewriting:
             if chain.saved == "bits":
                 self._bits[id(op.inputs[1])] = None
             self._masks[op] = chain
-            self._readers_of(op.inputs[1]).remove((op, 1))
+            if chain.x is not op.inputs[1]:
+                readers.remove((op, 1))
 
     def _fuse_mask(self, op, chain):
-        """Joins the gradient of a ReLU, and the sum of gradients before it, with what reads it."""
+        """Joins an activation's gradient, and the sum of gradients before it, with its readers."""
         if not self._is_read(op):
             return
         dy, y = op.inputs
@@ -398,7 +417,7 @@ class _Rewriting:
             **self._parts(dy, op),
             "mask_map": [self._moved.get(id(chain.x), chain.x), *chain.parameters],
             "mask_bits": [],
-            "clip": chain.clip,
+            "activation": chain.activation,
             "mask_epsilon": chain.epsilon,
         }
         if chain.residual:
@@ -501,20 +520,42 @@ def _attrs_of(op) -> dict:
     return {a.name: op.get_attr(a.name) for a in op.op_def.attr}
 
 
+def _is_silu_gradient(op) -> bool:
+    """Tells whether an op is the gradient of a SiLU as `normalization` makes it."""
+    return (
+        op.type == "DfpNormalizeGradient"
+        and op.get_attr("fused")
+        and op.get_attr("activation") == b"silu"
+    )
+
+
+def _before_silu(x) -> Chain:
+    """Returns the steps that a SiLU of x ends; of a residual sum, the SiLU alone."""
+    chain = chain_of(x)
+    if chain is None or chain.residual or chain.activation != "none":
+        return Chain(x, (), (), "silu", 0.0, False, steps=1)
+    return dataclasses.replace(chain, activation="silu", steps=chain.steps + 1)
+
+
 def _is_masked_by(op, index, clip) -> bool:
-    """Tells whether an op reads an input only to ask where the gradient of a clip is not zero."""
+    """Tells whether an op reads an input only to ask where the gradient of a ReLU is not zero."""
     if op.type not in ("DfpNormalizeGradient", "DfpNormalizeSums"):
         return False
     return (
         op.get_attr("n_mask_map") == 1
         and index == op.get_attr("n_parts")
-        and op.get_attr("clip").decode() == clip
+        and op.get_attr("activation").decode() == clip
     )
 
 
-def _is_step(op) -> bool:
+def _is_native(op) -> bool:
     """Tells whether an op is a DfpNormalize as `normalization` makes it, that may be fused."""
-    return op.type == "DfpNormalize" and op.get_attr("fused") and op.get_attr("clip") == b"none"
+    return op.type == "DfpNormalize" and op.get_attr("fused")
+
+
+def _is_step(op) -> bool:
+    """Tells whether an op is batch norm, a bias or a residual sum, that may be fused."""
+    return _is_native(op) and op.get_attr("activation") == b"none"
 
 
 def _has_parameters(op) -> bool:
@@ -556,7 +597,7 @@ def _arguments_of(op) -> dict:
     inputs = iter(op.inputs)
     return {
         **{name: [next(inputs) for _ in range(op.get_attr(f"n_{name}"))] for name in lists},
-        **{name: op.get_attr(name) for name in ("clip", "epsilon", "mask_epsilon")},
+        **{name: op.get_attr(name) for name in ("activation", "epsilon", "mask_epsilon")},
     }
 
 

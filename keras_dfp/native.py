@@ -298,6 +298,9 @@ class ProductOp:
 
         @tf.RegisterGradient(op_type)
         def gradient(op, dy, *_):
+            has_bias = len(op.inputs) > second + 3
+            if has_bias:
+                dy = through_clip(op.get_attr("clip"), dy, op.outputs[0])
             factors = [Factor.saved(Operand(*op.inputs[i : i + 3])) for i in (first, second)]
             tokens = [first + 2, second + 2]
             # Only the eager tape says which gradients nobody reads; a graph prunes them.
@@ -306,10 +309,21 @@ class ProductOp:
                 *factors, dy, wanted=[token not in skipped for token in tokens]
             )
             by_input = dict(zip(tokens, results, strict=True))
-            if len(op.inputs) > second + 3:
-                # A bias.
+            if has_bias:
                 by_input[second + 3] = channel_sums(dy)
             return [by_input.get(i) for i in range(len(op.inputs))]
+
+
+_CLIP_GRADIENTS = {b"relu": tf.raw_ops.ReluGrad, b"relu6": tf.raw_ops.Relu6Grad}
+
+
+def through_clip(clip: bytes, dy, features) -> tf.Tensor:
+    """Returns the gradient of a ReLU or ReLU6, of `features`, its result or its input.
+
+    Ops that clip are made by `fusion`, and differentiated where a function has come back as a
+    graph: in a loaded SavedModel.
+    """
+    return _CLIP_GRADIENTS[clip](gradients=dy, features=features) if clip != b"none" else dy
 
 
 def channel_sums(dy) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""Batch norm, biases and residual sums on the native ops, and their gradients.
+"""Batch norm, biases, residual sums and SiLU on the native ops, and their gradients.
 
 Each function here is one step of float32 arithmetic over rows of channels (docs/numerics.md, "Batch
 norm"), with the same bits on every machine. `fusion.py` joins steps that follow each other into one
@@ -64,6 +64,11 @@ def add(x, y) -> tf.Tensor:
     return _step(x, [], [y])
 
 
+def silu(x, fused: bool = True) -> tf.Tensor:
+    """Returns `x / (1 + exp(-x))` for float32 `[batch, .., channels]`."""
+    return _step(x, [], [], activation="silu", fused=fused)
+
+
 def local_response(x, radius: int, bias: float, alpha: float, quarters: int) -> tf.Tensor:
     """Returns `x / (bias + alpha * sum of the squares of near channels) ** (quarters / 4)`.
 
@@ -97,7 +102,12 @@ def _step(x, parameters, residual, **attrs):
 # Ops that `fusion` made are differentiated where a function has come back as a graph: in a loaded
 # SavedModel. What they are then given may have no elements in place of their result.
 
-_CLIP_GRADIENTS = {b"relu": tf.raw_ops.ReluGrad, b"relu6": tf.raw_ops.Relu6Grad}
+
+def _silu_gradient(gradients, features, fused=True):
+    return native.lib.dfp_normalize_gradient(
+        parts=[gradients], mask_map=[features], mask_bits=[], norm=[], sums=[], step=[],
+        activation="silu", fused=fused,
+    ).y  # fmt: skip
 
 
 @tf.RegisterGradient("DfpNormalize")
@@ -106,11 +116,16 @@ def _normalize_gradient(op, dy, *_):
     x, *rest = op.inputs
     parameters, residual = rest[:n], rest[n : n + n_residual]
     dy = tf.convert_to_tensor(dy)
-    mask = _CLIP_GRADIENTS.get(op.get_attr("clip"))
-    if mask is not None:
-        epsilon = op.get_attr("epsilon")
-        unclipped = _step(x, parameters, residual, epsilon=epsilon, fused=False)
-        dy = mask(gradients=dy, features=unclipped)
+    activation = op.get_attr("activation")
+    if activation != b"none":
+        before = x
+        if parameters or residual:
+            epsilon = op.get_attr("epsilon")
+            before = _step(x, parameters, residual, epsilon=epsilon, fused=False)
+        if activation == b"silu":
+            dy = _silu_gradient(dy, before, op.get_attr("fused"))
+        else:
+            dy = native.through_clip(activation, dy, before)
     known = _step_gradient(op, dy, x, parameters, n_residual)
     return *known, *[None] * (len(op.inputs) - len(known))
 
@@ -199,6 +214,15 @@ def _moments_gradient(op, dmean, dvariance, *_):
     return _through(op, (dmean, dvariance), formula)
 
 
+def _is_silu_gradient(op) -> bool:
+    """Tells whether an op is the gradient of a SiLU alone."""
+    return (
+        op.get_attr("activation") == b"silu"
+        and op.get_attr("n_parts") == op.get_attr("n_mask_map") == 1
+        and not op.get_attr("n_norm")
+    )
+
+
 def _refuse_fused(op):
     if op.get_attr("n_parts") > 1 or op.get_attr("n_mask_map") or op.get_attr("n_mask_bits"):
         raise NotImplementedError(
@@ -226,6 +250,8 @@ def _sums_gradient(op, *gradients):
 
 @tf.RegisterGradient("DfpNormalizeGradient")
 def _gradient_gradient(op, ddx, *_):
+    if _is_silu_gradient(op):
+        return _through(op, [ddx], _silu_slope)
     _refuse_fused(op)
     epsilon = op.get_attr("epsilon")
 
@@ -240,3 +266,8 @@ def _gradient_gradient(op, ddx, *_):
         return [dx - scale * inverse * total / pixels]
 
     return _through(op, [ddx], formula)
+
+
+def _silu_slope(dy, x):
+    s = tf.sigmoid(x)
+    return [dy * s * (1.0 + x * (1.0 - s))]

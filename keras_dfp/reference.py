@@ -70,8 +70,10 @@ a layer and its gradient are
 
     mean     = RN32(m)        variance = RN32(max(v, 0))
     y        = (x - mean) * RN32(scale * r) + offset        x + offset for a bias
-             + residual, then clipped to 0 and more ("relu"), or to 0 to 6 ("relu6")
-    dy       times 1 where y > 0 (of "relu6", and y < 6), else times 0
+             + residual, then clipped to 0 and more ("relu"), or to 0 to 6 ("relu6"), or as y * s
+             ("silu"), see below
+    dy       times 1 where y > 0 (of "relu6", and y < 6), else times 0; times s * (1 + y * r)
+             of "silu", y being what it is of
     doffset  = RN32(S),  dscale = RN32(T * r)               S = sum(dy), T = sum(dy * (x - mean))
     dx       = a * dy + (b * (x - mean) + c)                a * dy if mean and variance are given
                with s = scale * r and a = RN32(s),
@@ -79,6 +81,15 @@ a layer and its gradient are
 
 where scale * r, T * r, b and c are computed in float64, from left to right, and so are the terms of
 T from the float32 x - mean. All NaN are one.
+
+**SiLU**, and its derivative, are float32 arithmetic too, with the constants of `silu`. For a = |v|,
+
+    n = the integer nearest to a * 1.442695        x = (n * 0.693359375 - a) + n * -0.000212194442
+    p = (((c6 * x + c5) * x + c4) * x + c3) * x + c2           t = (p * x * x + x + 1) * 2**-n
+    large = 1 / (1 + t)        small = t * large               t = 0 where a > 87
+    s = large, r = small where v >= 0;  s = small, r = large where v < 0
+
+so that t is exp(-a), s the logistic function, and r = 1 - s.
 
 **Optimizers.** A step for weights w, gradient g, rate and the numbered step t = 1, 2, .. is float32
 arithmetic element by element, each operation rounded, from left to right as written. All constants
@@ -123,7 +134,8 @@ _FLOAT32_LEAST_EXPONENT = -149  # of the lowest bit of a subnormal
 _FLOAT32_INFINITY = 0x7F800000
 _ROUNDINGS = ("nearest", "truncate", "stochastic")
 _ACCUMULATIONS = ("exact", "spill")
-_CLIPS = ("none", "relu", "relu6")
+_CLIPS = ("relu", "relu6")
+_ACTIVATIONS = ("none", *_CLIPS, "silu")
 _SUMMED_PIXELS = 128  # of a partial sum
 _SLOT_BLOCK = 64  # elements of a slot that share an exponent
 
@@ -1063,9 +1075,9 @@ def normalize(
     scale: np.ndarray | None = None,
     epsilon: float = 0.0,
     residual: np.ndarray | None = None,
-    clip: str = "none",
+    activation: str = "none",
 ) -> np.ndarray:
-    """Return a batch norm or a bias, a residual sum and a ReLU, or some of these steps.
+    """Return a batch norm or a bias, a residual sum and an activation, or some of these steps.
 
     Args:
         x: float32 array `[.., C]`, of rank 2 or more.
@@ -1075,7 +1087,7 @@ def normalize(
         scale: float32 array `[C]`.
         epsilon: what is added to the variance, as a float32.
         residual: float32 array of the shape of `x`, which is added.
-        clip: `"none"`, `"relu"` or `"relu6"`.
+        activation: `"none"`, `"relu"`, `"relu6"` or `"silu"`.
 
     Returns:
         float32 array of the shape of `x`. NaN is not clipped, nor is -0.
@@ -1085,8 +1097,10 @@ def normalize(
     """
     op = "normalize"
     y = _float64(_checked_rows(op, "x", x))
-    if clip not in _CLIPS:
-        raise ValueError(f"{op}: `clip` must be one of {_CLIPS}, received {clip!r}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(
+            f"{op}: `activation` must be one of {_ACTIVATIONS}, received {activation!r}"
+        )
     parameters = {"offset": offset, "mean": mean, "variance": variance, "scale": scale}
     given = {
         name: _checked_channels(op, name, value, y.shape)
@@ -1107,10 +1121,12 @@ def normalize(
             y = _single(y + _float64(given["offset"]))
         if residual is not None:
             y = _single(y + _float64(_checked_alike(op, "residual", residual, y.shape)))
-        if clip != "none":
+        if activation in _CLIPS:
             y = np.where(y < 0, 0.0, y)
-        if clip == "relu6":
+        if activation == "relu6":
             y = np.where(y > 6, 6.0, y)
+        if activation == "silu":
+            y = y * _logistic(y)[0]
     return _float32(y)
 
 
@@ -1132,11 +1148,58 @@ def mask(dy: np.ndarray, y: np.ndarray, clip: str) -> np.ndarray:
     op = "mask"
     dy = _checked_rows(op, "dy", dy)
     y = _float64(_checked_alike(op, "y", y, dy.shape))
-    if clip not in _CLIPS[1:]:
-        raise ValueError(f"{op}: `clip` must be one of {_CLIPS[1:]}, received {clip!r}")
+    if clip not in _CLIPS:
+        raise ValueError(f"{op}: `clip` must be one of {_CLIPS}, received {clip!r}")
     with np.errstate(all="ignore"):
         kept = (y > 0) & (y < 6) if clip == "relu6" else y > 0
         return _float32(_float64(dy) * kept)
+
+
+def silu_gradient(dy: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return the gradient of a SiLU with respect to its input.
+
+    Args:
+        dy: float32 array `[.., C]`, of rank 2 or more.
+        x: float32 array of its shape: the input of the SiLU.
+
+    Returns:
+        float32 array of the shape of `dy`.
+
+    Raises:
+        ValueError: if an argument is not as described.
+    """
+    op = "silu_gradient"
+    dy = _checked_rows(op, "dy", dy)
+    x = _float64(_checked_alike(op, "x", x, dy.shape))
+    with np.errstate(all="ignore"):
+        s, rest = _logistic(x)
+        slope = _single(s * _single(1.0 + _single(x * rest)))
+        return _float32(_float64(dy) * slope)
+
+
+# exp(x) = 1 + x + x**2 * (c2 + x * (c3 + ..)) within 2**-28 where |x| <= ln(2) / 2.
+_EXP = [
+    np.float64(np.float32(c))
+    for c in (0.00138144672, 0.00836878084, 0.0416683927, 0.166665196, 0.49999994)
+]
+_LOG2_E, _LN_2, _LN_2_REST = (
+    np.float64(np.float32(c)) for c in (1.44269502, 0.693359375, -2.12194442e-4)
+)
+
+
+def _logistic(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return `1 / (1 + exp(-v))` and one less that, of float32 values kept in float64."""
+    a = np.abs(v)
+    n = np.rint(_single(a * _LOG2_E))
+    x = _single(_single(_single(n * _LN_2) - a) + _single(n * _LN_2_REST))
+    p = _EXP[0]
+    for c in _EXP[1:]:
+        p = _single(_single(p * x) + c)
+    p = _single(_single(_single(_single(p * x) * x) + x) + 1.0)
+    t = np.where(a > 87, 0.0, _single(np.ldexp(p, -np.where(a <= 87, n, 0).astype(int))))
+    large = _single(1.0 / _single(1.0 + t))
+    small = _single(t * large)
+    return np.where(v < 0, small, large), np.where(v < 0, large, small)
 
 
 def normalize_sums(

@@ -80,6 +80,7 @@ cdef extern from "microkernels/table.h" nogil:
         const float* scale
         const float* offset
         float low, high
+        bint silu
         int64_t n
     enum: DFP_PARTS
     ctypedef struct dfp_gradient:

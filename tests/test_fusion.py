@@ -214,6 +214,16 @@ def squeeze_excite(x):
     return layers.Add()([x, bn(conv(layers.Multiply()([x, s]), 8, 1))])
 
 
+def swishes(x):
+    swish = layers.Activation("swish")
+    x = swish(layers.Conv2D(8, 3, padding="same")(swish(x)))
+    x = conv(swish(layers.Add()([x, bn(conv(x, 8))])), 8)
+    y = swish(bn(x))
+    x = layers.Concatenate()([conv(y, 8), layers.AveragePooling2D(3, 1, "same")(y), relu(y)])
+    x = layers.DepthwiseConv2D(3, padding="same", use_bias=False)(swish(relu6(x)))
+    return layers.Dense(8, activation="silu")(swish(layers.MaxPooling2D()(swish(bn(x)))))
+
+
 def plain(x):
     x = layers.Conv2D(8, 3, activation="relu")(x)
     x = layers.Conv2D(8, 3, activation="relu", padding="same")(x)
@@ -416,6 +426,7 @@ BODIES = {
     "linear bottleneck": linear_bottleneck,
     "concatenation": dense_block,
     "swish": squeeze_excite,
+    "swishes": swishes,
     "biases": plain,
     "dense": dense_layers,
     "1D": one_dimensional,
@@ -438,7 +449,7 @@ BODIES = {
 
 
 # Some of TensorFlow's own ops round otherwise in a graph than they do eagerly.
-NOT_AS_EAGER = ("swish", "recurrent", "other activations")
+NOT_AS_EAGER = ("recurrent", "other activations")
 
 
 # Tests of these add little to the others.
@@ -582,6 +593,18 @@ def test_no_activation_is_left(name):
     # A pooling, and its gradient, read floats that the product has clipped.
     assert not {"Relu", "Relu6"} & set(found), found
     assert "Relu6Grad" not in found or name == "biases", found
+
+
+def test_swish_is_one_pass_with_batch_norm():
+    def body(x):
+        for _ in range(3):
+            x = layers.Activation("swish")(bn(conv(x, 8)))
+        return conv(x, 8)
+
+    found, _ = live_ops_of(body)
+    assert not {"Sigmoid", "AddN"} & set(found), found
+    # Forward, and again for the weight gradient; backward sums, and mantissas.
+    assert (found["DfpNormalize"], found["DfpNormalizeGradient"]) == (6, 3), found
 
 
 @pytest.mark.parametrize("first, second", [(relu6, relu), (relu, relu6), (relu6, relu6)])
@@ -995,11 +1018,11 @@ def test_a_saved_model_goes_on(tmp_path):
     assert_all_same(run(True), run(False))
 
 
-SAVED = ["post-activation", "linear bottleneck", "biases", "control flow", "dense"]
+SAVED = ["post-activation", "linear bottleneck", "biases", "control flow", "dense", "swishes"]
 
 
 @pytest.mark.filterwarnings("ignore:keras_dfp. the SavedModel")
-@pytest.mark.parametrize("name", marked(SAVED, ("biases", "dense")))
+@pytest.mark.parametrize("name", marked(SAVED, ("dense", "swishes")))
 def test_exported_models(name, tmp_path):
     """A SavedModel computes the same, and has the gradients of the model it was."""
 

@@ -26,7 +26,6 @@ MOST = 20_000  # elements of a result
 BITS = st.integers(8, 16)
 KINDS = st.sampled_from(["random", "extreme", "signs", "zeros"])
 ROUNDINGS = st.sampled_from(["nearest", "truncate", "stochastic"])
-CLIPS = st.sampled_from(["none", "relu", "relu6"])
 # One exponent or a few, at the ends of float32 and beyond.
 EXPONENT = st.one_of(
     st.integers(-40, 40),
@@ -265,18 +264,21 @@ def moments(draw):
 
 def normalize(draw):
     shape = rows_of_channels(draw)
-    x, clip, epsilon = draw.floats(*shape), draw(CLIPS), draw.one_of(0.0, 1e-3)
+    x, epsilon = draw.floats(*shape), draw.one_of(0.0, 1e-3)
+    activation = draw.one_of("none", "relu", "relu6", "silu")
     given = parameters(draw, shape[-1])[: draw.one_of(0, 1, 4)]
     residual = [draw.floats(*shape)] if draw(st.booleans()) else []
     how, step = quantizing(draw, len(shape))
     want_mask = shape[-1] % 8 == 0
     y = reference.normalize(
-        x, *given, epsilon=epsilon, residual=residual[0] if residual else None, clip=clip
-    )
+        x, *given, epsilon=epsilon, residual=residual[0] if residual else None,
+        activation=activation,
+    )  # fmt: skip
     q, e = quantized(y, how, step)
     arguments = dict(
-        x=guarded(x), parameters=given, residual=residual, bounds=[], step=step, clip=clip,
-        epsilon=epsilon, want_y=True, want_q=True, want_mask=want_mask, **how,
+        x=guarded(x), parameters=given, residual=residual, bounds=[], step=step,
+        activation=activation, epsilon=epsilon, want_y=True, want_q=True, want_mask=want_mask,
+        **how,
     )  # fmt: skip
     truth = {"y": y, "q": q, "e": e}
     if want_mask:
@@ -295,9 +297,13 @@ def gradient_inputs(draw):
     mask = draw.one_of("none", "map", "bits" if shape[-1] % 8 == 0 else "none")
     if mask == "map":
         mask_map = [draw.floats(*shape), *parameters(draw, shape[-1])][: draw.one_of(1, 2, 5)]
-        clip = draw.one_of("relu", "relu6")
-        arguments |= dict(mask_map=mask_map, clip=clip)
-        dy = reference.mask(dy, reference.normalize(*mask_map, epsilon=1e-2), clip)
+        activation = draw.one_of("relu", "relu6", "silu")
+        arguments |= dict(mask_map=mask_map, activation=activation)
+        before = reference.normalize(*mask_map, epsilon=1e-2)
+        if activation == "silu":
+            dy = reference.silu_gradient(dy, before)
+        else:
+            dy = reference.mask(dy, before, activation)
     if mask == "bits":
         bits = draw.rng.integers(0, 256, math.prod(shape) // 8, np.uint8)
         arguments["mask_bits"] = [bits]

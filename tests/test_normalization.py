@@ -1,4 +1,4 @@
-"""Batch norm, biases, residual sums and ReLU: native ops bit for bit, and their gradients."""
+"""Batch norm, biases, residual sums, ReLU and SiLU: native ops bit for bit, and gradients."""
 
 import itertools
 import math
@@ -15,6 +15,7 @@ from keras_dfp.native import lib
 
 THREADS = (1, 2, 4)
 ROUNDINGS = ("nearest", "truncate", "stochastic")
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 
 # ---- The ops -------------------------------------------------------------------------------------
@@ -172,18 +173,19 @@ def assert_wanted(result, want, y, q, e, what):
         assert_same(result.q, q, what)
 
 
-def check_normalize(x, parameters, residual, clip, epsilon, how, step, wants):
+def check_normalize(x, parameters, residual, activation, epsilon, how, step, wants):
     expected = reference.normalize(
-        x, *parameters, epsilon=epsilon, residual=residual[0] if residual else None, clip=clip
-    )
+        x, *parameters, epsilon=epsilon, residual=residual[0] if residual else None,
+        activation=activation,
+    )  # fmt: skip
     mask = np.packbits(expected.ravel() > 0, bitorder="little")
     q, e = quantized(expected, how, step)
     x, parameters, residual = guarded(x), [*map(guarded, parameters)], [*map(guarded, residual)]
     for where in everywhere():
         for want in wants:
             result = native_normalize(
-                x, parameters, residual, step=step, clip=clip, epsilon=epsilon, **how,
-                **{f"want_{name}": name in want for name in ("y", "q", "mask")},
+                x, parameters, residual, step=step, activation=activation, epsilon=epsilon,
+                **how, **{f"want_{name}": name in want for name in ("y", "q", "mask")},
             )  # fmt: skip
             what = f"{want}, {where}, {how}"
             assert_wanted(result, want, expected, q, e, what)
@@ -208,7 +210,7 @@ def test_normalize(data):
         some.tensor(),
         some.parameters()[: data.draw(st.sampled_from([0, 1, 4]))],
         [some.tensor()] if data.draw(st.booleans()) else [],
-        data.draw(st.sampled_from(["none", "relu", "relu6"])),
+        data.draw(st.sampled_from(ACTIVATIONS)),
         data.draw(st.sampled_from([0.0, 1e-3, 1e-41])),
         how,
         step,
@@ -241,26 +243,77 @@ def test_bounds(data):
     if len(some.shape) == 2:
         some.shape = (1, *some.shape)
     x, (offset, _, _, scale) = some.tensor(), some.parameters()
-    clip = data.draw(st.sampled_from(["none", "relu", "relu6"]))
+    activation = data.draw(st.sampled_from(ACTIVATIONS))
     how, step = rounding_from(data, len(some.shape))
     how["group_axes"] = 1
     mean, variance = reference.moments(x)
-    y = reference.normalize(x, offset, mean, variance, scale, 1e-3, clip=clip)
+    y = reference.normalize(x, offset, mean, variance, scale, 1e-3, activation=activation)
     q, e = quantized(y, how, step)
     for where in everywhere():
         moments = lib.dfp_moments(x=x)
         result = native_normalize(
             x, [offset, moments.mean, moments.variance, scale], [], [moments.bounds], step,
-            clip=clip, epsilon=1e-3, want_y=False, want_q=True, **how,
+            activation=activation, epsilon=1e-3, want_y=False, want_q=True, **how,
         )  # fmt: skip
         assert_same(result.e, e, f"{where}, {how}")
         assert_same(result.q, q, f"{where}, {how}")
 
 
+def test_bounds_of_silu():
+    """Its exponents are sure, or not: near a power of two, and where it stays below 0."""
+    rng = np.random.default_rng(7)
+    how = dict(mantissa_bits=14, rounding="nearest", group_axes=1)
+    # silu(x) = 1, 2, 4: there and next to there.
+    powers = np.float32([1.2784645, 2.2177164, 4.070339])
+    near = np.concatenate([np.float32(powers).view(np.int32) + k for k in range(-20, 21)])
+    tops = [*near.view(np.float32), 0.3, 0.4, 0.45, 0.5, -0.5, -1.2784645, -3, 30, 3e38]
+    x = np.minimum(rng.standard_normal((len(tops), 3, 2, 8)), -0.01).astype(np.float32)
+    x[:, 1, 1, 3] = tops
+    none, one = np.zeros(8, np.float32), np.ones(8, np.float32)
+    bounds = np.stack([x.min((1, 2)), x.max((1, 2))], 1)
+    for first in range(len(tops)):
+        part = slice(first, first + 1)
+        q, e = quantized(reference.normalize(x[part], activation="silu"), how, [])
+        result = native_normalize(
+            x[part], [none, none, one, one], [], [bounds[part]], activation="silu", want_y=False,
+            want_q=True, **how,
+        )  # fmt: skip
+        assert_same(result.e, e, f"{tops[first]}")
+        assert_same(result.q, q, f"{tops[first]}")
+
+
+def test_what_bounds_of_silu_rest_on():
+    """Every float32 from which it could be otherwise: SILU_LEAST and SILU_ERROR, channels.pxi."""
+
+    def silu(first, last):
+        """In blocks, of the floats from `first` to `last`."""
+        first, last = np.float32([first, last]).view(np.int32).tolist()
+        for start in range(first, last + 1, 1 << 22):
+            bits = np.arange(start, min(start + (1 << 22), last + 1), dtype=np.int32)
+            x = np.zeros((-(-bits.size // 8), 8), np.float32)
+            x.ravel()[: bits.size] = bits.view(np.float32)
+            yield native_normalize(x, activation="silu").y.numpy().ravel()[: bits.size]
+
+    # Closer to 0 it is smaller; from 87 on it is x.
+    least = min(y.min() for y in silu(-0.25, -128.0))
+    assert -0.27847 < least < -0.2784
+    highest = np.int32(0)
+    for y in silu(0.25, 88.0):
+        rising = np.maximum(np.maximum.accumulate(y.view(np.int32)), highest)
+        assert np.max(rising - y.view(np.int32)) <= 2
+        highest = rising[-1]
+
+
 # ---- Backward, bit for bit -----------------------------------------------------------------------
 
 
-def check_gradient(parts, mask_map, mask_bits, clip, norm, epsilon, training, how, step):
+def backward(dy, x, activation):
+    if activation == "silu":
+        return reference.silu_gradient(dy, x)
+    return reference.mask(dy, x, activation)
+
+
+def check_gradient(parts, mask_map, mask_bits, activation, norm, epsilon, training, how, step):
     """Checks sums and gradient; `norm` is x, mean, variance and scale, or nothing."""
     with np.errstate(all="ignore"):
         dy = parts[0]
@@ -270,7 +323,7 @@ def check_gradient(parts, mask_map, mask_bits, clip, norm, epsilon, training, ho
             kept = np.unpackbits(mask_bits[0], bitorder="little").reshape(dy.shape)
             dy = dy * kept.astype(np.float32)
     if mask_map:
-        dy = reference.mask(dy, reference.normalize(*mask_map, epsilon=1e-2), clip)
+        dy = backward(dy, reference.normalize(*mask_map, epsilon=1e-2), activation)
     x, mean, variance, scale = norm or [None] * 4
     expected = reference.normalize_sums(dy, x, mean, variance, epsilon)
     sums = [expected[2]] if training and norm else []
@@ -282,7 +335,7 @@ def check_gradient(parts, mask_map, mask_bits, clip, norm, epsilon, training, ho
     parts, norm = [*map(guarded, parts)], [*map(guarded, norm)]
     arguments = dict(
         parts=parts, mask_map=[*map(guarded, mask_map)], mask_bits=[*map(guarded, mask_bits)],
-        clip=clip, mask_epsilon=1e-2, epsilon=epsilon,
+        activation=activation, mask_epsilon=1e-2, epsilon=epsilon,
     )  # fmt: skip
     for where in everywhere():
         results = native_sums(norm=norm[:3], **arguments)
@@ -319,18 +372,18 @@ def test_gradient(data):
     if mask == "bits":
         some.shape = (*some.shape[:-1], some.shape[-1] // 8 * 8 or 8)
     parts = [some.tensor() for _ in range(data.draw(st.integers(1, 8)))]
-    mask_map, mask_bits, clip = [], [], "none"
+    mask_map, mask_bits, activation = [], [], "none"
     if mask == "bits":
         mask_bits = [some.rng.integers(0, 256, math.prod(some.shape) // 8, np.uint8)]
     elif mask != "none":
         mask_map = [some.tensor(), *some.parameters()][:mask]
-        clip = data.draw(st.sampled_from(["relu", "relu6"]))
+        activation = data.draw(st.sampled_from(ACTIVATIONS[1:]))
     norm = data.draw(st.sampled_from(["none", "given", "training"]))
     check_gradient(
         parts,
         mask_map,
         mask_bits,
-        clip,
+        activation,
         [] if norm == "none" else [some.tensor(), *some.parameters()[1:]],
         data.draw(st.sampled_from([0.0, 1e-3])),
         norm == "training",
@@ -600,6 +653,13 @@ def given_statistics(normalize):
     return layer
 
 
+def with_silu(silu):
+    def layer(x, scale, offset):
+        return silu(x * scale + offset)
+
+    return layer
+
+
 def with_bias(add_bias, add):
     def layer(x, bias, y):
         return add(tf.square(add_bias(x, bias)), tf.broadcast_to(y, tf.shape(x)))
@@ -618,6 +678,7 @@ LAYERS = {
     "moments used elsewhere": (with_moments_in_use(*ours), with_moments_in_use(*theirs), 2),
     "variance alone": (of_one_moment(ours[0]), of_one_moment(theirs[0]), 2),
     "given statistics": (given_statistics(ours[1]), given_statistics(theirs[1]), 4),
+    "SiLU": (with_silu(normalization.silu), with_silu(tf.nn.silu), 2),
     "bias and residual": (
         with_bias(normalization.add_bias, normalization.add), with_bias(tf.add, tf.add), 2,
     ),

@@ -714,6 +714,8 @@ def test_nothing_depends_on_the_units_flush_modes():
         floats += [reference.normalize(rows, x[:4], *four, epsilon, rows) for epsilon in (0, 1e-40)]
         floats += [reference.normalize_gradient(rows, rows, *four, sums=s) for s in (None, sums)]
         floats += [reference.mask(rows, rows, clip) for clip in ("relu", "relu6")]
+        floats += [reference.normalize(rows, activation="silu")]
+        floats += [reference.silu_gradient(rows, rows)]
         return results + [value.tobytes() for value in floats]
 
     expected = everything()
@@ -1276,7 +1278,7 @@ def test_normalize_is_float32_arithmetic(shape):
         assert bits_of(received) == bits_of(expected)
     # Zeros of either sign are what they were.
     np.testing.assert_array_equal(reference.normalize(x, *four, residual, "relu6"), six)
-    assert bits_of(reference.normalize(x, clip="relu")) == bits_of(np.where(x < 0, 0, x))
+    assert bits_of(reference.normalize(x, activation="relu")) == bits_of(np.where(x < 0, 0, x))
 
 
 def test_clipping_and_masks():
@@ -1288,7 +1290,7 @@ def test_clipping_and_masks():
     }
     kept = {"relu": [0, 0, 0, 0, 1, 1, 1, 1, 1, 0], "relu6": [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]}
     for clip in clipped:
-        z = reference.normalize(y, clip=clip)
+        z = reference.normalize(y, activation=clip)
         assert bits_of(z[:, :-1]) == bits_of(np.float32(clipped[clip][:-1]))
         assert np.isnan(z[0, -1])
         for dy in (3.0, -1e-45):
@@ -1300,6 +1302,37 @@ def test_clipping_and_masks():
         np.testing.assert_array_equal(infinite, np.where(kept[clip], inf, nan))
 
 
+def test_silu():
+    """Within 3 units of the last place, its derivative within 2**-21 of what is added in it."""
+    v = np.concatenate([np.linspace(-87, 87, 4001), np.logspace(-40, 1.9, 999), [0.0]])
+    v = np.stack([v, -v, v[::-1], np.zeros_like(v)], 1).astype(np.float32)
+    wide = v.astype(np.float64)
+    s, rest = 1 / (1 + np.exp(-wide)), 1 / (1 + np.exp(wide))
+    y = reference.normalize(v, activation="silu")
+    assert y.dtype == np.float32
+    assert np.all(np.abs(y - wide * s) <= 3 * np.spacing(np.abs(wide * s).astype(np.float32)))
+    slope = reference.silu_gradient(np.ones_like(v), v)
+    assert np.all(np.abs(slope - s * (1 + wide * rest)) <= 2**-21 * s * (1 + np.abs(wide) * rest))
+    dy = np.float32(np.random.default_rng(1).standard_normal(v.shape))
+    assert bits_of(reference.silu_gradient(dy, v)) == bits_of(dy * slope)
+
+
+def test_extremes_of_silu():
+    inf, nan = np.inf, np.nan
+    x = np.array([[-inf, -3e38, -88, -0.0, 0, 1e-45, 88, 3e38, inf, nan]], np.float32)
+    y = np.array([[nan, -0.0, -0.0, -0.0, 0, 0, 88, 3e38, inf, nan]], np.float32)
+    slope = np.array([[nan, -0.0, -0.0, 0.5, 0.5, 0.5, 1, 1, nan, nan]], np.float32)
+    assert_same_numbers(reference.normalize(x, activation="silu"), y)
+    assert_same_numbers(reference.silu_gradient(np.ones_like(x), x), slope)
+
+
+def assert_same_numbers(received, expected):
+    """Bit for bit, but any NaN is one."""
+    np.testing.assert_array_equal(np.isnan(received), np.isnan(expected))
+    numbers = ~np.isnan(expected)
+    assert bits_of(received[numbers]) == bits_of(expected[numbers])
+
+
 def test_arguments_of_batch_norm():
     x, c = np.zeros((2, 3), np.float32), np.zeros(3, np.float32)
     for call in (reference.moments, reference.normalize, reference.normalize_sums):
@@ -1308,11 +1341,12 @@ def test_arguments_of_batch_norm():
         with pytest.raises(ValueError, match=r"rank 2 or more, received float32 of shape \(3,\)"):
             call(c)
     wrong = [
-        (lambda: reference.normalize(x, clip="relu7"), "normalize: `clip` must be one of"),
+        (lambda: reference.normalize(x, activation="gelu"), "normalize: `activation` must be one"),
         (lambda: reference.normalize(x, c, c), "offset alone or none, received .'offset', 'mean'"),
         (lambda: reference.normalize(x, c[:2]), "normalize: `offset` must be float32 of shape .3,"),
         (lambda: reference.normalize(x, residual=x.T), "`residual` must be float32 of shape .2, 3"),
         (lambda: reference.mask(x, x, "none"), "mask: `clip` must be one of"),
+        (lambda: reference.silu_gradient(x, x.T), "silu_gradient: `x` must be float32 of shape"),
         (lambda: reference.mask(x, x.T, "relu"), "mask: `y` must be float32 of shape .2, 3"),
         (lambda: reference.normalize_sums(x, x), "`x`, `mean` and `variance` must be given togeth"),
         (lambda: reference.normalize_sums(x, x, c, c[:1]), "normalize_sums: `variance` must be fl"),

@@ -1,4 +1,4 @@
-"""Batch norm, biases and residual sums of layers on integers run on native ops.
+"""Batch norm, biases, residual sums and SiLU of layers on integers run on native ops.
 
 They are float32 arithmetic, as Keras's are, but with the same bits on every machine; and being one
 op each, they can be fused with their neighbours (`keras_dfp.fusion`).
@@ -169,6 +169,16 @@ def _read(tensor) -> list[tf.Tensor]:
     if op.type in fusion.SIZES:
         return []
     return list(op.inputs)
+
+
+@replaces(internals.nn, "silu", "x", called_by=keras.ops.silu)
+def _silu(original):
+    @functools.wraps(original)
+    def silu(x):
+        fmt = _format(calling_layer()) if _is_rows_of_channels(x) else None
+        return original(x) if fmt is None else normalization.silu(x, fmt.fused)
+
+    return silu
 
 
 @replaces(

@@ -15,35 +15,47 @@ TARGET static inline float DFP_CAT(clip__, ISA)(float v, float low, float high) 
     return v > high ? high : v;
 }
 
-#define MAP_LOOP(value)                                                          \
-    BY_CHANNEL(m->n, first, count, {                                             \
-        const float *restrict x = m->x + first + done;                           \
-        const float *restrict r = m->residual ? m->residual + first + done : x;  \
-        const float *restrict offset = m->offset ? m->offset + c : x;            \
-        const float *restrict center = m->center ? m->center + c : x;            \
-        const float *restrict scale = m->scale ? m->scale + c : x;               \
-        float *restrict to = y + done;                                           \
-        (void)r, (void)offset, (void)center, (void)scale;                        \
-        for (int64_t i = 0; i < len; i++) {                                      \
-            const float v = (value);                                             \
-            to[i] = DFP_CAT(clip__, ISA)(v, low, high);                          \
-        }                                                                        \
+/* Variants of a map, each a loop of its own. */
+TARGET static inline __attribute__((always_inline)) void DFP_CAT(map_loop__, ISA)(
+    const dfp_map *m, int64_t first, int64_t count, float *y, const int normed, const int offset,
+    const int residual, const int silu) {
+    const float low = m->low, high = m->high;
+    BY_CHANNEL(m->n, first, count, {
+        const float *restrict x = m->x + first + done;
+        const float *restrict r = residual ? m->residual + first + done : x;
+        const float *restrict shift = offset ? m->offset + c : x;
+        const float *restrict center = normed ? m->center + c : x;
+        const float *restrict scale = normed ? m->scale + c : x;
+        float *restrict to = y + done;
+        for (int64_t i = 0; i < len; i++) {
+            float v = x[i];
+            if (normed) v = (v - center[i]) * scale[i];
+            if (offset) v += shift[i];
+            if (residual) v += r[i];
+            to[i] = silu ? DFP_CAT(silu__, ISA)(v) : DFP_CAT(clip__, ISA)(v, low, high);
+        }
     })
+}
+
+#define MAP(normed, offset, residual)                                            \
+    if (m->silu)                                                                 \
+        DFP_CAT(map_loop__, ISA)(m, first, count, y, normed, offset, residual, 1); \
+    else                                                                         \
+        DFP_CAT(map_loop__, ISA)(m, first, count, y, normed, offset, residual, 0);
 
 TARGET static void DFP_CAT(map_f32__, ISA)(const dfp_map *m, int64_t first, int64_t count,
                                            float *y) {
-    const float low = m->low, high = m->high;
     if (m->center) {
-        if (m->residual) MAP_LOOP((x[i] - center[i]) * scale[i] + offset[i] + r[i])
-        else MAP_LOOP((x[i] - center[i]) * scale[i] + offset[i])
+        if (m->residual) { MAP(1, 1, 1) }
+        else { MAP(1, 1, 0) }
     } else if (m->offset) {
-        if (m->residual) MAP_LOOP(x[i] + offset[i] + r[i])
-        else MAP_LOOP(x[i] + offset[i])
-    } else if (m->residual) MAP_LOOP(x[i] + r[i])
-    else MAP_LOOP(x[i])
+        if (m->residual) { MAP(0, 1, 1) }
+        else { MAP(0, 1, 0) }
+    } else if (m->residual) { MAP(0, 0, 1) }
+    else { MAP(0, 0, 0) }
 }
 
-#undef MAP_LOOP
+#undef MAP
 
 TARGET static void DFP_CAT(positive_bits__, ISA)(const float *y, int64_t n, uint8_t *bits) {
     int64_t i = 0;
@@ -85,12 +97,12 @@ enum { DFP_CAT(NO_MASK__, ISA), DFP_CAT(MASK_X__, ISA), DFP_CAT(MASK_BIAS__, ISA
        DFP_CAT(MASK_NORM__, ISA), DFP_CAT(MASK_SELF__, ISA) };
 enum { DFP_CAT(NO_NORM__, ISA), DFP_CAT(FIXED_NORM__, ISA), DFP_CAT(FULL_NORM__, ISA) };
 
-/* p + q, or p alone, times the mask, and through batch norm. (Two pixels at a time would load what
+/* p + q, or p alone, times the mask or a SiLU's slope, and through batch norm. (Two pixels at a time would load what
  * is a channel's once for both, and take twice as long where rows of one page are read side by
  * side.) */
 TARGET static inline __attribute__((always_inline)) void DFP_CAT(gradient_loop__, ISA)(
     const dfp_gradient *g, const float *p, const float *q, int64_t first, int64_t count, float *y,
-    const int mask, const int norm) {
+    const int mask, const int norm, const int silu) {
     const dfp_map *m = &g->mask;
     const int normed = mask >= DFP_CAT(MASK_NORM__, ISA), full = norm == DFP_CAT(FULL_NORM__, ISA);
     const int self = mask == DFP_CAT(MASK_SELF__, ISA);
@@ -119,7 +131,7 @@ TARGET static inline __attribute__((always_inline)) void DFP_CAT(gradient_loop__
                 if (mask > DFP_CAT(MASK_X__, ISA)) w += offset[i];
                 float keep = w > 0.0f ? 1.0f : 0.0f;
                 keep = w >= high ? 0.0f : keep;
-                dy *= keep;
+                dy *= silu ? DFP_CAT(silu_slope__, ISA)(w) : keep;
             }
             if (norm) dy *= a[i];
             if (full) dy += b[i] * t + d[i];
@@ -128,31 +140,30 @@ TARGET static inline __attribute__((always_inline)) void DFP_CAT(gradient_loop__
     })
 }
 
-#define GRADIENT_NORM(q, mask)                                                   \
+#define GRADIENT_NORM(q, mask, silu)                                             \
     if (!g->a)                                                                   \
         DFP_CAT(gradient_loop__, ISA)(g, p, q, first, count, to, mask,           \
-                                      DFP_CAT(NO_NORM__, ISA));                  \
+                                      DFP_CAT(NO_NORM__, ISA), silu);            \
     else if (!g->b)                                                              \
         DFP_CAT(gradient_loop__, ISA)(g, p, q, first, count, to, mask,           \
-                                      DFP_CAT(FIXED_NORM__, ISA));               \
+                                      DFP_CAT(FIXED_NORM__, ISA), silu);         \
     else                                                                         \
         DFP_CAT(gradient_loop__, ISA)(g, p, q, first, count, to, mask,           \
-                                      DFP_CAT(FULL_NORM__, ISA));
+                                      DFP_CAT(FULL_NORM__, ISA), silu);
 
-#define GRADIENT_MASK(q)                                                         \
-    if (!g->mask.x) { GRADIENT_NORM(q, DFP_CAT(NO_MASK__, ISA)) }                \
-    else if (!g->mask.offset) { GRADIENT_NORM(q, DFP_CAT(MASK_X__, ISA)) }       \
-    else if (!g->mask.center) { GRADIENT_NORM(q, DFP_CAT(MASK_BIAS__, ISA)) }    \
+#define GRADIENT_MASK(q, silu)                                                   \
+    if (!g->mask.offset) { GRADIENT_NORM(q, DFP_CAT(MASK_X__, ISA), silu) }      \
+    else if (!g->mask.center) { GRADIENT_NORM(q, DFP_CAT(MASK_BIAS__, ISA), silu) } \
     else if (g->self && g->b)                                                    \
         DFP_CAT(gradient_loop__, ISA)(g, p, q, first, count, to,                 \
                                       DFP_CAT(MASK_SELF__, ISA),                 \
-                                      DFP_CAT(FULL_NORM__, ISA));                \
-    else { GRADIENT_NORM(q, DFP_CAT(MASK_NORM__, ISA)) }
+                                      DFP_CAT(FULL_NORM__, ISA), silu);          \
+    else { GRADIENT_NORM(q, DFP_CAT(MASK_NORM__, ISA), silu) }
 
 TARGET static void DFP_CAT(gradient_f32__, ISA)(const dfp_gradient *g, int64_t first,
                                                 int64_t count, float *to) {
     const float *p = g->parts[0] + first, *q = g->n_parts > 1 ? g->parts[1] + first : NULL;
-    if (g->n_parts > 2 || g->bits) {
+    if (g->n_parts > 2 || g->bits || (q && g->mask.silu)) {
         /* What is rare goes first, in the cache. */
         for (int64_t i = 0; i < count; i++) to[i] = q ? p[i] + q[i] : p[i];
         for (int k = 2; k < g->n_parts; k++) {
@@ -163,8 +174,11 @@ TARGET static void DFP_CAT(gradient_f32__, ISA)(const dfp_gradient *g, int64_t f
         p = to, q = NULL;
         if (!g->a && !g->mask.x) return;
     }
-    if (q) { GRADIENT_MASK(q) }
-    else { GRADIENT_MASK(NULL) }
+    if (g->mask.silu) { GRADIENT_MASK(NULL, 1) }
+    else if (q && g->mask.x) { GRADIENT_MASK(q, 0) }
+    else if (q) { GRADIENT_NORM(q, DFP_CAT(NO_MASK__, ISA), 0) }
+    else if (g->mask.x) { GRADIENT_MASK(NULL, 0) }
+    else { GRADIENT_NORM(NULL, DFP_CAT(NO_MASK__, ISA), 0) }
 }
 
 #undef GRADIENT_MASK

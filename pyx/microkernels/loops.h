@@ -454,6 +454,7 @@ TARGET static void DFP_CAT(add_rows_f64__, ISA)(const double *rows, int64_t coun
         for (int64_t c = 0; c < n; c++) total[c] += rows[r * stride + c];
 }
 
+#include "silu.h"
 #include "channels.h"
 #include "depthwise.h"
 #include "response.h"

@@ -178,21 +178,24 @@ typedef struct {
     void (*finish_transposed)(const dfp_digit_rows *done, int64_t ldc);
 } dfp_digits;
 
-/* y = clip((x - center) * scale + offset + residual): batch norm, a bias, a residual sum, ReLU.
- * Every operation rounds to float. Arrays that are NULL leave their step out (center and scale together);
- * those of channels repeat themselves up to n channels. As a mask, `high` is NaN for none. */
+/* y = activation((x - center) * scale + offset + residual): batch norm, a bias, a residual sum, and
+ * a ReLU, which clips, or a SiLU. Every operation rounds to float. Arrays that are NULL leave their
+ * step out (center and scale together); those of channels repeat themselves up to n channels. As a
+ * mask, `high` is NaN for none. */
 typedef struct {
     const float *x, *residual;
     const float *center, *scale, *offset;
     float low, high;
+    int silu;
     int64_t n;
 } dfp_map;
 
 enum { DFP_PARTS = 8 };     /* that are added in one expression, as TensorFlow's AddN does */
 
 /* The gradient dy that arrives: the sum of the parts, in order, times 1 where the mask's map
- * (without its clipping) is above 0 and not from `high` on, or the bit is set, else times 0; and
- * with `a`, that of batch norm, dx = a * dy + (b * (x - center) + c), or a * dy where b is NULL. */
+ * (without its clipping) is above 0 and not from `high` on, or the bit is set, else times 0; or
+ * times the SiLU's derivative at the mask's map. And with `a`, that of batch norm,
+ * dx = a * dy + (b * (x - center) + c), or a * dy where b is NULL. */
 typedef struct {
     const float *parts[DFP_PARTS];
     int n_parts;

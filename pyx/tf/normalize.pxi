@@ -1,7 +1,7 @@
 # DfpMoments, DfpNormalize, DfpNormalizeSums, DfpNormalizeGradient: batch norm, biases, residual
-# sums and ReLU, forward and backward. What a step gives as float32, the same op gives as mantissas
-# when steps are fused (keras_dfp.fusion). So most inputs are optional, lists of none or one, and
-# outputs are empty unless an attribute wants them.
+# sums, ReLU and SiLU, forward and backward. What a step gives as float32, the same op gives as
+# mantissas when steps are fused (keras_dfp.fusion). So most inputs are optional, lists of none or
+# one, and outputs are empty unless an attribute wants them.
 
 cdef void register_normalize(TF_Status* st) noexcept nogil:
     register_op("DfpMoments", "x: float -> mean: float; variance: float; bounds: float",
@@ -15,19 +15,20 @@ cdef void register_normalize(TF_Status* st) noexcept nogil:
 
 cdef extern from *:
     """
-    #define DFP_CLIP_ATTRS DFP_CLIP_ATTR "; epsilon: float = 0"
+    #define DFP_STEP_ATTRS  \\
+        "activation: {'none', 'relu', 'relu6', 'silu'} = 'none'; epsilon: float = 0"
     #define DFP_NORMALIZE_SIGNATURE  \\
         "x: float; parameters: n_parameters * float; residual: n_residual * float; "  \\
         "bounds: n_bounds * float; step: n_step * int64 -> "  \\
         "y: float; q: int16; e: int32; mask: uint8 | "  \\
-        DFP_CLIP_ATTRS "; " DFP_QUANTIZE_ATTRS "; training: bool = false; fused: bool = true; "  \\
+        DFP_STEP_ATTRS "; " DFP_QUANTIZE_ATTRS "; training: bool = false; fused: bool = true; "  \\
         "n_parameters: int >= 0 = 0; n_residual: int >= 0 = 0; n_bounds: int >= 0 = 0; "  \\
         "n_step: int >= 0 = 0; want_y: bool = true; want_q: bool = false; want_mask: bool = false"
     #define DFP_GRADIENT_INPUTS  \\
         "parts: n_parts * float; mask_map: n_mask_map * float; mask_bits: n_mask_bits * uint8; "  \\
         "norm: n_norm * float"
     #define DFP_GRADIENT_ATTRS  \\
-        DFP_CLIP_ATTRS "; mask_epsilon: float = 0; n_parts: int >= 1; "  \\
+        DFP_STEP_ATTRS "; mask_epsilon: float = 0; n_parts: int >= 1; "  \\
         "n_mask_map: int >= 0 = 0; "  \\
         "n_mask_bits: int >= 0 = 0; n_norm: int >= 0 = 0"
     #define DFP_SUMS_SIGNATURE  \\
@@ -48,6 +49,7 @@ cdef struct NormalizeAttrs:
     Attrs quantize
     float epsilon, mask_epsilon
     Clip clip
+    bint silu
     bint want_y, want_q, want_mask, want_doffset
     # How many tensors each list has.
     int parameters, residual, bounds, step
@@ -107,8 +109,9 @@ cdef int count_attr(TF_OpKernelConstruction* k, const char* name, int64_t allowe
     return <int>n
 
 
-cdef void clip_attrs(TF_OpKernelConstruction* k, NormalizeAttrs* a, TF_Status* st) noexcept nogil:
-    a.clip = clip_attr(k, st)
+cdef void step_attrs(TF_OpKernelConstruction* k, NormalizeAttrs* a, TF_Status* st) noexcept nogil:
+    a.clip = clip_attr(k, "activation", st)
+    a.silu = first_letter(k, "activation", st) == c"s"
     a.epsilon = float_attr(k, "epsilon", st)
 
 
@@ -121,7 +124,7 @@ cdef void* normalize_create(TF_OpKernelConstruction* k) noexcept nogil:
     cdef NormalizeAttrs* a = <NormalizeAttrs*>calloc(1, sizeof(NormalizeAttrs))
     cdef TF_Status* st = tf.NewStatus()
     quantize_attrs(k, &a.quantize, st)
-    clip_attrs(k, a, st)
+    step_attrs(k, a, st)
     a.parameters = count_attr(k, "n_parameters", 0b10011, st)
     a.residual = count_attr(k, "n_residual", 0b11, st)
     a.bounds = count_attr(k, "n_bounds", 0b11, st)
@@ -134,7 +137,7 @@ cdef void* normalize_create(TF_OpKernelConstruction* k) noexcept nogil:
 
 cdef void gradient_attrs(TF_OpKernelConstruction* k, NormalizeAttrs* a,
                          TF_Status* st) noexcept nogil:
-    clip_attrs(k, a, st)
+    step_attrs(k, a, st)
     a.mask_epsilon = float_attr(k, "mask_epsilon", st)
     a.parts = count_attr(k, "n_parts", 0b111111110, st)
     a.mask_map = count_attr(k, "n_mask_map", 0b100111, st)
@@ -196,7 +199,7 @@ cdef void map_input(Call* c, const NormalizeAttrs* a, float epsilon, const float
     room = get_scratch(c, map_bytes(n))
     if ok(c):
         set_map(m, x, n, p[0], p[1], p[2], p[3], epsilon, room)
-        m.low, m.high = a.clip.low, a.clip.high
+        m.low, m.high, m.silu = a.clip.low, a.clip.high, a.silu
 
 
 cdef void gradient_inputs(Call* c, const NormalizeAttrs* a, Shape* shape,
@@ -286,8 +289,7 @@ cdef void write_computed(Call* c, NormalizeAttrs* a, const Shape* shape, Quantiz
     if not ok(c):
         return
     if bounds != NULL and z.n:
-        exponents_of_bounds(z, bounds, shape.dim[shape.rank - 1])
-        z.trusted = True
+        z.trusted = exponents_of_bounds(z, bounds, shape.dim[shape.rank - 1])
     quantize_and_tell(t, z, shape)
 
 

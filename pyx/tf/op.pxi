@@ -118,10 +118,10 @@ cdef void product_attrs(TF_OpKernelConstruction* k, Attrs* a, const char* a_bits
     check_bits(a.b_bits, b_bits, st)
 
 
-cdef Clip clip_attr(TF_OpKernelConstruction* k, TF_Status* st) noexcept nogil:
+cdef Clip clip_attr(TF_OpKernelConstruction* k, const char* name, TF_Status* st) noexcept nogil:
     cdef Clip clip
     cdef char text[32]
-    text_attr(k, "clip", text, sizeof(text), st)
+    text_attr(k, name, text, sizeof(text), st)
     clip.low, clip.high = -INFINITY, INFINITY
     if text[0] == c"r":
         clip.low = 0
@@ -134,7 +134,7 @@ cdef void bias_attrs(TF_OpKernelConstruction* k, Attrs* a) noexcept nogil:
     """Of a product that adds a bias."""
     cdef TF_Status* st = tf.NewStatus()
     a.bias = True
-    a.clip = clip_attr(k, st)
+    a.clip = clip_attr(k, "clip", st)
     finish_create(k, st)
 
 
