@@ -1192,7 +1192,7 @@ def _logistic(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a = np.abs(v)
     n = np.rint(_single(a * _LOG2_E))
     x = _single(_single(_single(n * _LN_2) - a) + _single(n * _LN_2_REST))
-    p = _EXP[0]
+    p = np.asarray(_EXP[0])
     for c in _EXP[1:]:
         p = _single(_single(p * x) + c)
     p = _single(_single(_single(_single(p * x) * x) + x) + 1.0)
