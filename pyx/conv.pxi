@@ -1,9 +1,6 @@
 # The three passes of a convolution, each as the product (gemm.pxi) or the sum of rows
 # (depthwise.pxi) that it is. Tensors are NDHWC; kernels DHWIO, or DHWCM when depthwise.
 
-cdef enum:
-    MANY_FILTERS = 32
-
 cdef enum Pass:
     FORWARD
     INPUT_GRADIENT
@@ -27,14 +24,9 @@ cdef struct Conv:
     bint spill
 
 
-cdef inline bint by_channel(const Conv* v, Pass which) noexcept nogil:
-    """Groups of one channel are a depthwise convolution."""
-    if v.depthwise or v.channels > 1:
-        return v.depthwise or v.groups == v.channels
-    # A single channel could be either. Weight gradients of 3x3 kernels, 64 images of 28x28 pixels,
-    # took 0.6 ms as sums of rows with 32 filters, 6.0 with 16; 2.3 and 2.1 as a product of
-    # matrices.
-    return v.filters >= MANY_FILTERS and which == WEIGHT_GRADIENT
+cdef inline bint by_channel(const Conv* v) noexcept nogil:
+    """Groups of one channel are a depthwise convolution; a single channel is a product."""
+    return v.depthwise or (v.channels > 1 and v.groups == v.channels)
 
 
 cdef inline void gemm_of(const Conv* v, Gemm* g, const int16_t* a, const int16_t* b,

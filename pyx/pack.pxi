@@ -21,7 +21,9 @@ cdef enum AKind:
     PATCHES     # A[m, k]: position m, element k = (tap, channel) of the window
     WINDOWS     # the same, read from a copy of the image's rows, whose windows overlap
     PATCHES_T   # A[m, k]: element m of the window, position k
-    TAPS_T      # the same, the taps of a block of channels packed as one; m as element_of has it
+    # The same, the taps of a block of channels packed as one; m as element_of has it. A row of
+    # positions has `ld` products, for the last of which B may have zeros.
+    TAPS_T
 
 cdef struct ASource:
     AKind kind
@@ -33,13 +35,12 @@ cdef struct ASource:
 cdef struct Runs:
     int64_t first, end
 
-# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride, or at
-# data + tiles[t]; or each of its rows at data + starts[row], and the tile has the products of those
-# runs only that meet the image.
+# A block of A in a layout the microkernel reads: tile t begins at data + t * tile_stride; or each
+# of its rows at data + starts[row], and the tile has the products of those runs only that meet the
+# image.
 cdef struct ABlock:
     const int16_t* data
     int64_t row_stride, pair_stride, tile_stride
-    const int64_t* tiles
     const int64_t* starts
     const Runs* met             # by a tile
     const int64_t* runs
@@ -70,6 +71,8 @@ cdef struct Place:
 
 cdef enum:
     MAX_NR = 64
+    MAX_MR = 32
+    SHORT_ROW = 16          # positions
 
 cdef int16_t zero_row[MAX_NR]
 
@@ -80,7 +83,7 @@ cdef inline int64_t a_block_bytes(ASource* a, int64_t mb, int64_t kb) noexcept n
     if a.kind == WINDOWS:
         return windows_block_bytes(&a.window, mb)
     if a.kind == TAPS_T:
-        return taps_block_bytes(&a.window, mb, kb)
+        return taps_block_bytes(a, mb, kb)
     # PATCHES_T gathers two positions before it interleaves them.
     return mb * patch_stride(kb) * 2 + (2 * mb * 2 if a.kind == PATCHES_T else 0)
 
@@ -309,10 +312,9 @@ cdef inline void interleave_or_zero(const int16_t* p, const int16_t* q, int64_t 
         i += mr
 
 
-# Weight gradients of windows that move pixel by pixel: what one tap meets is what its neighbour met
-# a position earlier. So pixels are interleaved once for all taps, (0, 1) (2, 3) .. for those an
-# even number of pixels from the first and (1, 2) (3, 4) .. for the others, in rows as the image has
-# them, with its padding; a tap is a distance, and a row of positions a run.
+# Weight gradients: what one tap meets is what its neighbour met a position earlier. So the pixels
+# of an image row, with its padding, are interleaved once for all taps, each with the pixel that the
+# next position meets in its place; a tap is a distance, and a row of positions a run of pairs.
 
 cdef inline bint in_plane(const Window* v) noexcept nogil:
     """Are there several taps, and no depth to slide along?"""
@@ -320,31 +322,47 @@ cdef inline bint in_plane(const Window* v) noexcept nogil:
             and v.taps[1] * v.taps[2] > 1)
 
 
-cdef inline bint taps_share(const Window* v) noexcept nogil:
-    """Can that be? Pairs may not reach from one row of positions into the next."""
-    return (in_plane(v) and v.step[1] == v.step[2] == 1
-            and v.positions[2] % 2 == 0 and v.channels % kernel.mr == 0)
-
-
 cdef inline int64_t reach(const Window* v, int dim) noexcept nogil:
     """Pixels from the first tap to the last."""
     return (v.taps[dim] - 1) * v.tap_step[dim]
 
 
-cdef inline int64_t row_pairs(const Window* v) noexcept nogil:
-    """Pairs of a row of pixels that tap after tap meets."""
-    return (v.positions[2] + reach(v, 2)) // 2
+cdef inline bint taps_share(const Window* v) noexcept nogil:
+    """Does that pay? Few pixels may lie between windows, or between taps; half a pair is lost at
+    the end of a row of odd length, and short runs are slow."""
+    cdef int i
+    for i in range(1, 3):
+        if v.step[i] > reach(v, i) + 1 or reach(v, i) > max(2 * v.taps[i], v.positions[i]):
+            return False
+    return in_plane(v) and (v.positions[2] % 2 == 0 or v.positions[2] >= SHORT_ROW
+                            or v.channels % kernel.mr != 0)
 
 
-cdef inline int64_t copies(const Window* v) noexcept nogil:
-    return 2 if v.taps[2] > 1 and v.tap_step[2] % 2 else 1
+cdef inline int64_t pixels_met(const Window* v, int dim, int64_t positions) noexcept nogil:
+    """By so many positions in a row."""
+    return (positions - 1) * v.step[dim] + reach(v, dim) + 1
 
 
-cdef int64_t taps_block_bytes(const Window* v, int64_t mb, int64_t kb) noexcept nogil:
-    cdef int64_t rows = kb // v.positions[2], images = (rows - 2) // v.positions[1] + 2
-    cdef int64_t pixels = (rows + images * reach(v, 1)) * row_pairs(v) * 2 * copies(v)
-    return (round_up((mb // kernel.mr + rows) * sizeof(int64_t), ALIGN)
-            + pixels * (mb // volume(v.taps)) * sizeof(int16_t))
+cdef inline int64_t pitch_of(int64_t channels) noexcept nogil:
+    """Elements from a pixel to the next. A pair takes 8 bytes for each: those of a row would share
+    few sets of the first-level cache."""
+    return channels + 8 if channels % 16 == 0 else channels
+
+
+cdef inline int64_t line_of(const Window* v, int64_t positions, int64_t pitch) noexcept nogil:
+    """Pairs of a row of pixels that so many positions, an even number, meet."""
+    return round_up((pixels_met(v, 2, positions) - v.step[2]) * pitch, MAX_MR)
+
+
+cdef int64_t taps_block_bytes(const ASource* a, int64_t mb, int64_t kb) noexcept nogil:
+    cdef const Window* v = &a.window
+    cdef int64_t rows = max(kb // a.ld, <int64_t>1)
+    cdef int64_t images = (rows + v.positions[1] - 2) // v.positions[1] + 1
+    cdef int64_t pitch = pitch_of(min(mb // volume(v.taps), v.channels))
+    cdef int64_t line = line_of(v, min(kb, a.ld), pitch)
+    return (round_up(mb // kernel.mr * sizeof(Runs) + (mb + rows) * sizeof(int64_t), ALIGN)
+            + (rows * v.step[1] + images * (reach(v, 1) + 1)) * line * 4
+            + (line + v.step[2] * pitch) * sizeof(int16_t))
 
 
 cdef inline int64_t element_of(const Window* v, int64_t channels, int64_t row) noexcept nogil:
@@ -355,62 +373,44 @@ cdef inline int64_t element_of(const Window* v, int64_t channels, int64_t row) n
     return row // width * v.channels + first + row % width
 
 
-cdef void pack_taps_t(const Window* v, const int16_t* image, int64_t m0, int64_t mc, int64_t k0,
-                      int64_t kc, int64_t* tables, ABlock* block) noexcept nogil:
-    """Rows m0 .. m0 + mc, all taps of some channels, at k0 .. k0 + kc, whole rows of positions."""
-    cdef int64_t mr = kernel.mr, taps = volume(v.taps), channels = mc // taps, line = 2 * mr
-    cdef int64_t pairs = row_pairs(v), height = v.positions[1]
-    cdef int64_t first = k0 // v.positions[2], count = kc // v.positions[2], row = 0, i, copy
-    cdef int64_t tap, shift, item, h, end, panel, whole
-    cdef int16_t* to
-    block.tiles, block.runs, block.run = tables, tables + mc // mr, v.positions[2] // 2
-    block.row_stride, block.pair_stride, block.tile_stride = 2, line, 0
-    # Between the rows of two images lie those that only the last taps of one, the first of the
-    # other meet.
-    for i in range(count):
-        row = i + ((first + i) // height - first // height) * reach(v, 1)
-        tables[mc // mr + i] = row * pairs * line
-    panel = (row + 1 + reach(v, 1)) * pairs * line
-    whole = panel * (channels // mr)
-    for i in range(mc // mr):
-        tap = i * mr // channels
-        shift = tap % v.taps[2] * v.tap_step[2]
-        tables[i] = (shift % 2 * whole + i * mr % channels // mr * panel
-                     + (tap // v.taps[2] * v.tap_step[1] * pairs + shift // 2) * line)
-    to = <int16_t*>(<char*>tables + round_up((mc // mr + count) * sizeof(int64_t), ALIGN))
-    block.data = to
-    i = 0
+cdef void pack_taps_t(const ASource* a, const int16_t* image, int64_t m0, int64_t mc, int64_t k0,
+                      int64_t kc, char* to, ABlock* block) noexcept nogil:
+    """Rows m0 .. m0 + mc, all taps of some channels, at k0 .. k0 + kc: whole rows of positions, or
+    a part of one."""
+    cdef const Window* v = &a.window
+    cdef int64_t taps = volume(v.taps), channels = mc // taps, c = m0 // taps
+    cdef int64_t pitch = pitch_of(channels), width = min(kc, a.ld), line = line_of(v, width, pitch)
+    cdef int64_t tiles = (mc + kernel.mr - 1) // kernel.mr, first = k0 // a.ld, count = kc // width
+    cdef int64_t i, row, n, tap
+    cdef Place at
+    cdef Runs* met = <Runs*>to
+    cdef int64_t* starts = <int64_t*>(met + tiles)
+    cdef int64_t* runs = starts + mc
+    cdef int16_t* pairs = <int16_t*>(to + round_up(<char*>(runs + count) - to, ALIGN))
+    block.data, block.met, block.starts, block.runs = pairs, met, starts, runs
+    block.run, block.pair_stride = width // 2, 4 * v.step[2] * pitch
+    block.row_stride = block.tile_stride = 0
+    for i in range(tiles):
+        met[i].first, met[i].end = 0, count
+    for i in range(mc):
+        tap = i // channels
+        starts[i] = 2 * (tap // v.taps[2] * v.tap_step[1] * line
+                         + tap % v.taps[2] * v.tap_step[2] * pitch + i % channels)
+    at.d, at.w, i = 0, k0 % a.ld, 0
     while i < count:
         # What the positions of one image meet.
-        item, h = (first + i) // height, (first + i) % height
-        end = min(count - i, height - h) + reach(v, 1)
-        for row in range(h + v.offset[1], h + v.offset[1] + end):
-            for copy in range(copies(v)):
-                interleave_row(v, image, item, row, copy, m0 // taps, channels, panel,
-                               to + copy * whole)
-            to += pairs * line
-        i += end - reach(v, 1)
-
-
-cdef void interleave_row(const Window* v, const int16_t* image, int64_t item, int64_t h,
-                         int64_t copy, int64_t c, int64_t n, int64_t panel,
-                         int16_t* to) noexcept nogil:
-    """The pairs of row h of an image, n channels from c on."""
-    cdef int64_t i = 0, pairs = row_pairs(v), w = v.offset[2] + copy, count
-    cdef const int16_t* p
-    cdef const int16_t* q
-    while i < pairs:
-        p = pixel_or_null(v, image, item, 0, h, w)
-        q = pixel_or_null(v, image, item, 0, h, w + 1)
-        count = 1
-        if p != NULL and q != NULL:
-            count = min(pairs - i, (v.size[2] - w) // 2)
-            kernel.interleave(p + c, q + c, 2 * v.pixel, count, n, <int>kernel.mr, panel, to)
-        else:
-            interleave_or_zero(p, q, c, n, kernel.mr, panel, to)
-        to += count * 2 * kernel.mr
-        w += 2 * count
-        i += count
+        at.item, at.h = (first + i) // v.positions[1], (first + i) % v.positions[1]
+        n = min(count - i, v.positions[1] - at.h)
+        for row in range(n):
+            runs[i + row] = (pairs - block.data) + 2 * row * v.step[1] * line
+        for row in range(pixels_met(v, 1, n)):
+            # The pixels lie where the next row's pairs come to lie.
+            copy_row(v, image + c, &at, row, pixels_met(v, 2, width), channels, pitch,
+                     pairs + 2 * line)
+            kernel.interleave(pairs + 2 * line, pairs + 2 * line + v.step[2] * pitch, 0, 1, line,
+                              MAX_MR, 2 * MAX_MR, pairs)
+            pairs += 2 * line
+        i += n
 
 
 # Windows that overlap: a pixel is copied once, for all that meet it, in rows as the image has them,
@@ -427,11 +427,6 @@ cdef inline bint windows_overlap(const Window* v) noexcept nogil:
 cdef inline int64_t run_taps(const Window* v) noexcept nogil:
     """Taps that are a run."""
     return v.taps[2] if v.tap_step[2] == 1 else 1
-
-
-cdef inline int64_t pixels_met(const Window* v, int dim, int64_t positions) noexcept nogil:
-    """By so many positions in a row."""
-    return (positions - 1) * v.step[dim] + reach(v, dim) + 1
 
 
 cdef int64_t windows_block_bytes(const Window* v, int64_t mb) noexcept nogil:
@@ -477,7 +472,7 @@ cdef void pack_windows(const Window* v, const int16_t* image, int64_t m0, int64_
                                                          + w * v.step[2] * v.channels)
             i += width
         for h in range(pixels_met(v, 1, height)):
-            copy_row(v, image, &at, h, pixels_met(v, 2, width), pixels)
+            copy_row(v, image, &at, h, pixels_met(v, 2, width), v.channels, v.channels, pixels)
             pixels += line
         at.w += width
         if at.w == v.positions[2]:
@@ -505,22 +500,22 @@ cdef inline void meet_rows(const Window* v, int64_t h, int64_t across, Runs* til
 
 
 cdef void copy_row(const Window* v, const int16_t* image, const Place* at, int64_t row,
-                   int64_t count, int16_t* to) noexcept nogil:
+                   int64_t count, int64_t channels, int64_t pitch, int16_t* to) noexcept nogil:
     """So many pixels, zeros beyond the image, of a row that the window at a position meets."""
     cdef int64_t h = at.h * v.step[1] + v.offset[1] + row, w = at.w * v.step[2] + v.offset[2]
     cdef int64_t left = clamp(-w, 0, count), right = clamp(v.size[2] - w, left, count)
     if not 0 <= h < v.size[1]:
         left = right = count
-    zero_s16(to, left * v.channels)
-    zero_s16(to + right * v.channels, (count - right) * v.channels)
+    zero_s16(to, left * pitch)
+    zero_s16(to + right * pitch, (count - right) * pitch)
     if left == right:
         return
     image += ((at.item * v.size[1] + h) * v.size[2] + w + left) * v.pixel
-    to += left * v.channels
-    if v.channels == v.pixel:
-        memcpy(to, image, (right - left) * v.channels * sizeof(int16_t))
+    to += left * pitch
+    if channels == pitch == v.pixel:
+        memcpy(to, image, (right - left) * pitch * sizeof(int16_t))
     else:
-        kernel.copy_rows(image, v.pixel, right - left, v.channels, to, v.channels)
+        kernel.copy_rows(image, v.pixel, right - left, channels, to, pitch)
 
 
 cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_t k0, int64_t kc,
@@ -532,7 +527,7 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
     cdef int16_t* even
     cdef int16_t* odd
     block.data = to
-    block.tiles = block.starts = block.runs = NULL
+    block.starts = block.runs = NULL
     block.run = 0
     if s.kind == ROWS and kc % 2:
         # The last pair would reach into the next row, or past the last: a chain of odd length.
@@ -566,7 +561,7 @@ cdef void pack_a(ASource* s, const int16_t* data, int64_t m0, int64_t mc, int64_
     elif s.kind == WINDOWS:
         pack_windows(&s.window, data, m0, mc, <char*>to, block)
     elif s.kind == TAPS_T:
-        pack_taps_t(&s.window, data, m0, mc, k0, kc, <int64_t*>to, block)
+        pack_taps_t(s, data, m0, mc, k0, kc, <char*>to, block)
     else:
         # Panels [pairs][mr][2], as B has them.
         block.row_stride, block.pair_stride, block.tile_stride = 2, 2 * mr, 2 * mr * pairs

@@ -21,8 +21,8 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
     g.kb = g.k
     if g.k > (LONG_COLUMNS if g.a.kind == COLUMNS or g.a.kind == PATCHES_T else LONG_K):
         g.kb = BLOCK_K
-        if g.a.kind == PATCHES_T and not g.spill and taps_share(&g.a.window):
-            plan_taps(g)
+    if g.a.kind == PATCHES_T and not g.spill and taps_share(&g.a.window):
+        plan_taps(g)
     if g.spill:
         plan_spill(g, limit)
     elif g.a.kind == PATCHES and g.kb == g.k and g.m > 0:
@@ -42,15 +42,28 @@ cdef void pairs_plan(Gemm* g) noexcept nogil:
 
 
 cdef void plan_taps(Gemm* g) noexcept nogil:
-    """Blocks of A are all taps of some channels, and whole rows of positions."""
+    """Blocks of A are all taps of some channels, and whole rows of positions or a part of a long
+    one."""
     cdef Window* v = &g.a.window
-    cdef int64_t width = v.positions[2], taps = volume(v.taps)
-    cdef int64_t kb = max(BLOCK_K // width, <int64_t>1) * width
+    cdef int64_t width = v.positions[2], ld = round_up(width, 2), kb = BLOCK_K
+    cdef int64_t rows = g.k // max(width, <int64_t>1)
     cdef int64_t blocks = max((g.m + BLOCK_MN // 2) // BLOCK_MN, <int64_t>1)
-    if kb >= g.k:
+    cdef int64_t channels = round_up((v.channels + blocks - 1) // blocks, g.mr)
+    if width > 2 * BLOCK_K:
+        ld = round_up(width, BLOCK_K)
+    else:
+        # Less than all: blocks of A must stay as they are, so K is what threads share.
+        kb = min((rows + 1) // 2, max(BLOCK_K // ld, <int64_t>1)) * ld
+    if rows * ld <= kb:
         return
-    g.a.kind, g.kb, g.position = TAPS_T, kb, taps_position
-    g.mb = taps * round_up((v.channels + blocks - 1) // blocks, g.mr)
+    g.a.kind, g.a.ld, g.kb, g.position = TAPS_T, ld, kb, taps_position
+    g.mb = min(volume(v.taps) * channels, round_up(g.m, g.mr))
+    if ld == width:
+        return
+    g.k = g.pairs.segment = rows * ld
+    g.b.channels, g.b.padded, g.b.tap_stride = width, ld, width * g.b.k_stride
+    g.b.taps[2] = g.b.size[2] = rows
+    g.exponents.shifts.per = g.exponents.shifts.per // width * ld
 
 
 cdef void plan_windows(Gemm* g) noexcept nogil:
@@ -199,7 +212,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
     for t in range(tiles):
         rows = min(mr, block.mc - t * mr)
         acc = block.acc + ((panel * (g.mb // mr) + t) * g.tile_bytes if g.carry else 0)
-        tile.a = a.data + (t * a.tile_stride if a.tiles == NULL else a.tiles[t])
+        tile.a = a.data + t * a.tile_stride
         if a.starts != NULL:
             tile.starts = a.starts + t * mr
             met = a.met + t

@@ -397,6 +397,8 @@ FAR = 2**31 - 1
     "case",
     [
         Case((6, 5), (2, 3), 2, 3, strides=(FAR, FAR - 1)),
+        Case((6, 5), (2, 3), 16, 3, strides=(1, FAR)),
+        Case((6, 4), (2, 3), 16, 3, dilations=(2**21, 2**21), padding="same"),
         # Strides, dilations and padding whose product is no int64, or is 0 or 1 as one.
         Case((4, 4, 4), (1, 2, 2), 2, 3, strides=(2**21,) * 3),
         Case((4, 3, 4), (1, 2, 2), 2, 3, strides=(FAR,) * 3),

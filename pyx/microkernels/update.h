@@ -55,7 +55,7 @@ TARGET static inline __attribute__((always_inline)) void DFP_CAT(adam_loop__, IS
         v_to[i] = second;
         if (keeps_largest) {
             /* A NaN stays, whichever it is. */
-            second = (h[i] > second) | (h[i] != h[i]) ? h[i] : second;
+            second = ((h[i] > second) | (h[i] != h[i])) ? h[i] : second;
             h_to[i] = second;
         }
         w_to[i] = weight - first * alpha / (__builtin_sqrtf(second) + epsilon);

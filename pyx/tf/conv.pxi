@@ -257,7 +257,7 @@ cdef void run_conv(Call* c, const Attrs* t, Conv* v, Pass which, const int16_t* 
         clear_images(v, which, out, n)
         if v.bias != NULL and v.filters:
             add_bias_in_place(out, n // v.filters, v.filters, v.bias, &v.clip)
-    elif by_channel(v, which):
+    elif by_channel(v):
         depthwise_plan(&z, v, which, a, b, out)
         scratch = get_scratch(c, depthwise_bytes(&z))
         if ok(c):

@@ -212,7 +212,7 @@ static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, in
         /* The same rows, in another order, some more than once. */
         static int64_t starts[MAX_TILE];
         for (int i = 0; i < kernel->mr; i++)
-            starts[i] = between(0, kernel->mr - 1) * t->row_stride;
+            starts[i] = between(0, t->rows - 1) * t->row_stride;
         t->starts = starts;
     }
     t->runs = NULL;
