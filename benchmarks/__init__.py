@@ -1,6 +1,7 @@
 """How fast the integers are: what `keras-dfp bench` measures, also in an installed package.
 
-    run.py          starts a process per configuration and gathers what it sends: a document
+    run.py          starts a process per configuration, or several that take turns, and gathers
+                    what they send: a document
       worker.py       that process: measures one configuration
         conv.py         a network's convolutions and dense layers, three passes, on products.py
         gemm.py         matrix products of given sizes, on products.py

@@ -7,7 +7,7 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -63,6 +63,13 @@ def copy_bandwidth(threads: int, size: int = COPIED_BYTES) -> float:
     return 2 * size / min(seconds)
 
 
+def milliseconds(function: Callable) -> float:
+    """Returns how long a call takes."""
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def medians(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]:
     """Returns the median milliseconds of each function.
 
@@ -71,7 +78,13 @@ def medians(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(taken[1:]) for name, taken in times.items()}
+            times[name].append(milliseconds(function))
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the median between the two values between which half of the values are."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, method="inclusive")
+    return low, middle, high

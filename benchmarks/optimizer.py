@@ -21,7 +21,7 @@ from keras_dfp import native
 from keras_dfp.benchmarks.machine import medians
 from keras_dfp.benchmarks.networks import NETWORKS, build, data
 from keras_dfp.benchmarks.run import Doing
-from keras_dfp.benchmarks.step import profile
+from keras_dfp.benchmarks.step import profile, training_step
 from keras_dfp.optimizers import DFPSGD, DFPAdam
 
 OPTIMIZERS = {
@@ -52,7 +52,7 @@ def measure(settings: dict) -> Iterator[Doing | dict]:
         row = {"optimizer": name, "update_ms": taken["update"] - taken["make"]}
         row["slots_mb"] = sum(v.value.numpy().nbytes for v in optimizer.variables) / 1e6
         if settings["steps"]:
-            step, graph = _training(model, make(), *batch)
+            step, graph = training_step(model, make(), *batch)
             row["step_ms"] = medians({"step": step}, settings["steps"])["step"]
             shares = []
             for _ in range(settings["steps"]):
@@ -74,17 +74,6 @@ def _updating(weights, optimizer):
         return [tf.reshape(g, [-1])[0] for g in gradients] if optimizer is None else []
 
     return run
-
-
-def _training(model, optimizer, x, y, loss):
-    model.compile(optimizer, loss)
-    optimizer.build(model.trainable_variables)
-
-    @tf.function(autograph=False, jit_compile=False)
-    def step(x, y):
-        return model.train_step((x, y))["loss"]
-
-    return lambda: float(step(x, y)), step.get_concrete_function(x, y).graph
 
 
 def _quantized(kernel):

@@ -25,35 +25,34 @@ SIZE = (375, 500)  # height and width: three quarters of ImageNet's have them, o
 
 
 def measure(settings: dict) -> Iterator[Doing | dict]:
-    """Yields one row; settings: network, batch, images, repeats."""
-    batch, images = settings["batch"], settings["images"]
+    """Yields a row per network; settings: networks, batch, images, repeats."""
+    networks, batch, images = (settings[key] for key in ("networks", "batch", "images"))
+    epochs = settings["repeats"] + 1
     with tempfile.TemporaryDirectory() as folder:
         yield Doing(f"{images} images being written", 0)
         size = write_images(Path(folder), images)
         source = sources.ClassFolders(Path(folder))
-        pipeline = Pipeline(
-            source,
-            zoo.recipe(settings["network"]).images,
-            batch,
-            zoo.preprocessing(settings["network"]),
-        )
-        wall, cpu = [], []
-        epochs = settings["repeats"] + 1
-        for epoch in range(epochs):
-            yield Doing(f"{settings['network']} epoch {epoch + 1}", epoch / epochs)
-            start, start_cpu = time.perf_counter(), time.process_time()
-            for _ in pipeline.training(seed=1, epoch=epoch):
-                pass
-            wall.append(time.perf_counter() - start)
-            cpu.append(time.process_time() - start_cpu)
-    done = pipeline.steps * batch
-    yield {
-        "network": settings["network"],
-        "images": done,
-        "image_kb": size / images / 1e3,
-        "images_per_s": done / statistics.median(wall[1:]),
-        "cpu_ms": 1e3 * statistics.median(cpu[1:]) / done,
-    }
+        for i, network in enumerate(networks):
+            pipeline = Pipeline(
+                source, zoo.recipe(network).images, batch, zoo.preprocessing(network)
+            )
+            wall, cpu = [], []
+            for epoch in range(epochs):
+                share = (i + epoch / epochs) / len(networks)
+                yield Doing(f"{network} epoch {epoch + 1}", share)
+                start, start_cpu = time.perf_counter(), time.process_time()
+                for _ in pipeline.training(seed=1, epoch=epoch):
+                    pass
+                wall.append(time.perf_counter() - start)
+                cpu.append(time.process_time() - start_cpu)
+            done = pipeline.steps * batch
+            yield {
+                "network": network,
+                "images": done,
+                "image_kb": size / images / 1e3,
+                "images_per_s": done / statistics.median(wall[1:]),
+                "cpu_ms": 1e3 * statistics.median(cpu[1:]) / done,
+            }
 
 
 def write_images(folder: Path, count: int) -> int:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from keras_dfp.benchmarks.machine import quartiles
 from keras_dfp.benchmarks.products import PASSES
 from keras_dfp.benchmarks.run import OWN_NETWORK
 
@@ -57,14 +58,15 @@ def columns(benchmark: str, run: dict) -> list[Column]:
             Column("quantize us", lambda row: f"{row['quantize_us']:.1f}", 13),
         ]
     if benchmark == "step":
-        first = run["rows"][0] if run["rows"] else None
+        first = run["rows"][0]
         return [
             Column("policy", lambda row: row["policy"], 16, text=True),
             _ms("ms a step", "step_ms", 11),
             Column("samples/s", lambda row: f"{row['images_per_s']:.2f}", 11),
-            _against(first, "images_per_s"),
+            _against(first, lambda row: f"{_of_rounds(first, row)[1]:.2f}"),
+            Column("half within", lambda row: _range(*_of_rounds(first, row)[::2]), 13),
             Column("peak MB", lambda row: f"{row['peak_memory_mb']:.0f}"),
-            _against(first, "peak_memory_mb"),
+            _against(first, lambda row: f"{row['peak_memory_mb'] / first['peak_memory_mb']:.2f}"),
         ]
     if benchmark == "pipeline":
         return [
@@ -78,7 +80,7 @@ def columns(benchmark: str, run: dict) -> list[Column]:
             Column("workers", lambda row: f"{row['workers']}"),
             Column("  exchange", lambda row: f"  {row['exchange']}", 12, text=True),
             _ms("ms a step", "step_ms", 11),
-            Column("half within", lambda row: f"{row['low_ms']:.2f}-{row['high_ms']:.2f}", 15),
+            Column("half within", lambda row: _range(row["low_ms"], row["high_ms"]), 15),
             Column("steps/s", lambda row: f"{1e3 / row['step_ms']:.1f}"),
             Column("bytes a step", lambda row: _whole(row["bytes"]), 14),
             Column("of a ring", lambda row: _whole(row["ring_bytes"]), 14),
@@ -106,6 +108,10 @@ def _ms(title: str, key: str, width: int = 9) -> Column:
     return Column(title, lambda row: f"{row[key]:.2f}", width)
 
 
+def _range(low: float, high: float) -> str:
+    return f"{low:.2f}-{high:.2f}"
+
+
 def _whole(number: float | None) -> str:
     return "-" if number is None else f"{number:,.0f}"
 
@@ -124,11 +130,15 @@ def _memory(machine: dict) -> list[Column]:
     ]
 
 
-def _against(first: Row | None, key: str) -> Column:
-    if first is None:
-        return Column("", lambda row: "", 11)
-    base = first
-    return Column(f"x {base['policy']}", lambda row: f"{row[key] / base[key]:.2f}", 11)
+def _against(first: Row, cell: Callable[[Row], str]) -> Column:
+    title = f"x {first['policy']}"
+    return Column(title, cell, len(title) + 2)
+
+
+def _of_rounds(first: Row, row: Row) -> tuple[float, float, float]:
+    """Returns the quartiles of how many times faster than the first policy's a round was."""
+    pairs = zip(first["rounds_ms"], row["rounds_ms"], strict=True)
+    return quartiles([base / mine for base, mine in pairs])
 
 
 def _ratio(name: str, quantize: bool = False) -> Callable[[Row], str]:

@@ -1,6 +1,7 @@
 """Whole training steps of a network under one policy: throughput, memory, and where time goes.
 
-The policy gets a process of its own, so that the peak of the resident memory is its own too.
+The policy gets a process of its own, so that the peak of the resident memory is its own too. It
+runs a few steps in each round and waits while others run theirs, so all meet the same machine.
 Samples are random and in memory: an input pipeline is not part of the figure. Where the time goes
 is read off TensorFlow's profiler: the time of every op, less that of ops inside it, by kind.
 """
@@ -10,19 +11,23 @@ from __future__ import annotations
 import collections
 import math
 import re
+import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_dfp.benchmarks.machine import medians
+from keras_dfp.benchmarks.machine import milliseconds
 from keras_dfp.benchmarks.networks import build, data
 from keras_dfp.benchmarks.run import Doing
 from keras_dfp.info import peak_memory
 
+# Milliseconds of steps in a round, or a single step. Machines drift in seconds, not faster.
+ROUND_MS = 400
 # Kinds of op by their type: the first pattern found decides. TensorFlow prefixes and suffixes types
 # of its own, such as _MklNativeConv2D and _FusedConv2D. What XLA runs is seen as
 # ExecuteAsyncOnStream: Keras gives it convolutions in groups, and nothing else here.
@@ -62,37 +67,56 @@ WANTS = {
 }
 
 
-def measure(settings: dict) -> Iterator[Doing | dict]:
-    """Yields one row; settings: network, policy, batch, image_size, repeats."""
-    policy, batch = settings["policy"], settings["batch"]
-    yield Doing(f"{settings['network']} {policy}", 0)
+def measure(settings: dict) -> Iterator[Doing | dict | None]:
+    """Yields one row, and None where others may run; settings: network, policy, batch, image_size,
+    repeats."""
+    policy, batch, repeats = (settings[key] for key in ("policy", "batch", "repeats"))
+    doing = f"{settings['network']} {policy}"
+    yield Doing(doing, 0)
+    start = time.perf_counter()
     keras.utils.set_random_seed(1)
     model = build(settings["network"], settings["image_size"], policy)
     x, y, loss = data(model, batch)
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
-    model.optimizer.build(model.trainable_variables)
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    run, graph = training_step(model, optimizer, x, y, loss)
+    run()
+    run()
+    one_ms = milliseconds(run)
+    steps = max(1, round(ROUND_MS / one_ms))
+    warm_up_ms, round_ms = 1e3 * (time.perf_counter() - start), steps * one_ms
+    # The profile takes about another round.
+    whole_ms = warm_up_ms + (repeats + 1) * round_ms
+    rounds: list[float] = []
+    for done in range(repeats):
+        yield None
+        yield Doing(doing, (warm_up_ms + done * round_ms) / whole_ms)
+        rounds.append(statistics.median(milliseconds(run) for _ in range(steps)))
+    peak = peak_memory()
+    yield None
+    step_ms = statistics.median(rounds)
+    yield {
+        "policy": policy,
+        "step_ms": step_ms,
+        "rounds_ms": rounds,
+        "images_per_s": 1e3 * batch / step_ms,
+        "peak_memory_mb": peak / 1e6,
+        "parameters": model.count_params(),
+        "kinds": profile(run, graph, model),
+    }
+
+
+def training_step(model: keras.Model, optimizer, x, y, loss) -> tuple[Callable, tf.Graph]:
+    """Returns a function that trains on a batch, and the graph that it runs."""
+    model.compile(optimizer, loss)
+    optimizer.build(model.trainable_variables)
 
     # What `fit` runs for a batch, without its loop.
     @tf.function(autograph=False, jit_compile=False)
     def step(x, y):
         return model.train_step((x, y))["loss"]
 
-    def run():
-        # Reading the loss waits for the step.
-        return float(step(x, y))
-
-    graph = step.get_concrete_function(x, y).graph
-    run()
-    milliseconds = medians({"step": run}, settings["repeats"])["step"]
-    peak = peak_memory()
-    yield {
-        "policy": policy,
-        "step_ms": milliseconds,
-        "images_per_s": 1e3 * batch / milliseconds,
-        "peak_memory_mb": peak / 1e6,
-        "parameters": model.count_params(),
-        "kinds": profile(run, graph, model),
-    }
+    # Reading the loss waits for the step.
+    return lambda: float(step(x, y)), step.get_concrete_function(x, y).graph
 
 
 def profile(run, graph, model: keras.Model) -> list[dict]:

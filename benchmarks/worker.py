@@ -1,7 +1,8 @@
 """`python -m keras_dfp.benchmarks.worker BENCHMARK SETTINGS`: measures one configuration.
 
 SETTINGS is JSON. Standard output is one JSON pair a line: ["machine", facts] first, then, as they
-come, ["doing", [what is being measured, share of the work done]] and ["row", figures].
+come, ["doing", [what is being measured, share of the work done]] and ["row", figures]. After
+["turn", null] others may have theirs: it waits for a line of standard input.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def main(benchmark: str, settings: dict) -> None:
     send("machine", facts)
     module = importlib.import_module(f"keras_dfp.benchmarks.{benchmark}")
     for value in module.measure(settings):
+        if value is None:
+            send("turn", None)
+            if not sys.stdin.readline():
+                return  # Whoever started this process has gone.
+            continue
         send("doing" if isinstance(value, Doing) else "row", value)
 
 

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import socket
-import statistics
 import struct
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from keras_dfp.benchmarks.machine import milliseconds, quartiles
 from keras_dfp.benchmarks.run import Doing
 
 # Steps of one exchange before the turn of the next, and seconds of silence between them, in whose
@@ -161,8 +161,7 @@ def _measured(workers, settings: dict) -> list[dict]:
         {
             "workers": workers.count,
             "exchange": exchange,
-            "step_ms": statistics.median(each),
-            **dict(zip(("low_ms", "high_ms"), _middle_half(each), strict=True)),
+            **dict(zip(("low_ms", "step_ms", "high_ms"), quartiles(each), strict=True)),
             "bytes": sent[exchange] / len(each) if settings["own_network"] else None,
             "ring_bytes": _ring(workers.count, exchange, trained),
         }
@@ -172,20 +171,7 @@ def _measured(workers, settings: dict) -> list[dict]:
 
 def _turn(step, images, labels, steps: int) -> list[float]:
     """Returns the milliseconds of steps; each is over when the sum over all workers is there."""
-    taken = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step(images, labels).numpy()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return taken
-
-
-def _middle_half(values: list[float]) -> tuple[float, float]:
-    """Returns the quartiles, between which half of the values are."""
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, method="inclusive")
-    return low, high
+    return [milliseconds(lambda: step(images, labels).numpy()) for _ in range(steps)]
 
 
 def _ring(count: int, exchange: str, numbers: int) -> int:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import matplotlib.image
 import numpy as np
@@ -172,6 +173,12 @@ def test_medians_are_of_the_runs_after_the_first():
     assert all(0 < ms < 1000 for ms in taken.values())
 
 
+def test_quartiles():
+    assert machine.quartiles([5.0]) == (5.0, 5.0, 5.0)
+    values = [9.0, 1.0, 4.0, 2.0, 3.0, 7.0]
+    assert machine.quartiles(values) == pytest.approx(np.percentile(values, [25, 50, 75]))
+
+
 def test_copy_bandwidth_counts_reading_and_writing():
     # No memory is slower than 0.1 GB/s, none faster than 10 TB/s.
     assert 1e8 < machine.copy_bandwidth(2, 1 << 24) < 1e13
@@ -316,8 +323,10 @@ def test_step(tmp_path):
     arguments += ["--policy", "mixed_bfloat16", "--policy", "dfp16", "--json", written]
     output = bench("--end-to-end", *arguments)
     (each,) = check_document(written, "step", runs=1)["runs"]
-    assert [row["policy"] for row in each["rows"]] == ["mixed_bfloat16", "dfp16"]
+    assert each["settings"]["policies"] == ["mixed_bfloat16", "dfp16"]
+    assert [row["policy"] for row in each["rows"]] == each["settings"]["policies"]
     for row in each["rows"]:
+        assert row["rounds_ms"] == [row["step_ms"]]
         assert row["images_per_s"] == pytest.approx(2000 / row["step_ms"])
         # More than the weights, their gradients and the momenta; less than a machine has.
         assert 3 * 4e-6 * row["parameters"] < row["peak_memory_mb"] < 1e5
@@ -332,14 +341,94 @@ def test_step(tmp_path):
     assert "quantization" in bench("report", written)
 
 
+def test_ratios_are_of_the_same_round(tmp_path):
+    # A machine that becomes six times as slow, and a policy that stays half as fast again.
+    float32, dfp16 = [10.0, 20.0, 30.0, 60.0], [5.0, 12.5, 20.0, 60.0]
+    kind = {"kind": "casts", "ms": 1.0, "calls": 1, "mb": 2.0, "ops": {"Cast": 1.0}}
+    common = {"parameters": 1, "kinds": [kind]}
+    rows = [
+        {"policy": "float32", "step_ms": 25.0, "rounds_ms": float32, "images_per_s": 80.0,
+         "peak_memory_mb": 800.0, **common},
+        {"policy": "dfp16", "step_ms": 16.25, "rounds_ms": dfp16, "images_per_s": 123.0,
+         "peak_memory_mb": 600.0, **common},
+    ]  # fmt: skip
+    settings = {"network": "dense", "batch": 2, "image_size": None, "repeats": 4, "isa": None,
+                "threads": None, "policies": ["float32", "dfp16"]}  # fmt: skip
+    run_ = {"settings": settings, "machine": machine.facts(), "rows": rows}
+    document = {"schema": run.SCHEMA, "benchmark": "step", "complete": True, "runs": [run_]}
+    written = tmp_path / "step.json"
+    written.write_text(json.dumps(document))
+    output = bench("report", written)
+    # The rounds' ratios are 2, 1.6, 1.5 and 1.
+    low, middle, high = np.percentile([2, 1.6, 1.5, 1], [25, 50, 75])
+    ratio = f"{middle:.2f} | {low:.2f}-{high:.2f}"
+    assert f"| dfp16 | 16.25 | 123.00 | {ratio} | 600 | 0.75 |" in output
+    assert "| float32 | 25.00 | 80.00 | 1.00 | 1.00-1.00 | 800 | 1.00 |" in output
+
+
+def busy_seconds(pid):
+    """Returns the time that a process has had of all cores."""
+    with open(f"/proc/{pid}/stat") as stat:
+        user, system = stat.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def test_policies_take_turns_and_none_is_left_when_one_dies():
+    policies = ["float32", "dfp16"]
+    settings = {"network": "dense", "batch": 8, "image_size": None, "repeats": 4, "isa": None,
+                "threads": None, "policies": policies}  # fmt: skip
+    before = set(children(os.getpid()))
+    doing, pids, busy = [], [], []
+    with pytest.raises(RuntimeError) as error:
+        for kind, value in run.measure("step", settings):
+            if kind != "doing":
+                continue
+            doing.append(value)
+            started = set(children(os.getpid())) - before - set(pids)
+            pids += started
+            busy.append([busy_seconds(pid) for pid in pids])
+            if len(doing) == 8:
+                # The first policy's turn, while the second waits.
+                os.kill(int(pids[1]), signal.SIGKILL)
+    # Both warm up, and have rounds after that.
+    assert [each.what for each in doing] == ["dense float32", "dense dfp16"] * 4
+    shares = [each.share for each in doing]
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] < 1
+    for i in range(2, 7):
+        taken = np.subtract(busy[i + 1], busy[i])
+        assert taken[1 - i % 2] < 0.3 * taken[i % 2]
+    assert str(error.value) == (
+        "The process measuring step dense dfp16 was killed (SIGKILL), probably for want of "
+        "memory. The 2 policies need memory at once: name fewer (--policy), or a smaller --batch."
+    )
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("code", "errors", "said"),
+    [
+        (1, "Traceback\nValueError: no\n", "ended with exit code 1. ValueError: no"),
+        (1, "MemoryError: 1 GiB\n", "exit code 1. MemoryError: 1 GiB. Choose a smaller --batch."),
+        (-6, "F0000 broken", "was killed by SIGABRT. The last it wrote: F0000 broken"),
+        (-9, "", "was killed (SIGKILL), probably for want of memory. Choose a smaller --batch."),
+    ],
+)
+def test_what_is_said_of_a_process_that_ended(code, errors, said):
+    settings = {"network": "lstm", "policy": "dfp16", "policies": ["dfp16"]}
+    told = run._failure("step", settings, code, errors)
+    assert told.startswith("The process measuring step lstm dfp16 ")
+    assert told.endswith(said)
+
+
 def test_step_of_a_network_without_images(tmp_path):
     written = tmp_path / "step.json"
-    arguments = ["--network", "lstm", "--batch", 2, "--repeats", 1, "--policy", "float32"]
+    arguments = ["--network", "lstm", "--batch", 2, "--repeats", 3, "--policy", "float32"]
     output = bench("step", *arguments, "--json", written)
-    assert "step: lstm, batch 2; median of 1; " in output
+    assert "step: lstm, batch 2; median of 3; " in output
     (each,) = check_document(written, "step", runs=1)["runs"]
     assert (each["settings"]["batch"], each["settings"]["image_size"]) == (2, None)
     (row,) = each["rows"]
+    assert len(row["rounds_ms"]) == 3 and row["step_ms"] == sorted(row["rounds_ms"])[1]
     assert re.search(rf"samples/s .*\n.* {row['images_per_s']:.2f} ", output)
     (products,) = (kind for kind in row["kinds"] if kind["kind"] == "convolutions and products")
     # In each of 100 steps of the loop, 2 kernels of 128x512 are read in the forward pass and in
@@ -392,16 +481,17 @@ def test_ops_of_loops_count():
 @pytest.mark.slow
 def test_pipeline(tmp_path):
     written = tmp_path / "pipeline.json"
-    arguments = ["--network", "alexnet", "--images", 9, "--batch", 4, "--repeats", 1]
-    output = bench("pipeline", *arguments, "--json", written)
+    arguments = ["--network", "alexnet", "--network", "vgg16", "--images", 9, "--batch", 4]
+    output = bench("pipeline", *arguments, "--repeats", 1, "--json", written)
     (each,) = check_document(written, "pipeline", runs=1)["runs"]
-    (row,) = each["rows"]
-    # Whole batches; files of a photograph's size; more than an image a second and core.
-    assert (row["network"], row["images"]) == ("alexnet", 8)
-    assert 50 < row["image_kb"] < 200
-    assert row["images_per_s"] > 1 and 0.1 < row["cpu_ms"] < 1000
-    assert re.search(rf"\nalexnet .* {row['images_per_s']:.0f} ", output)
-    assert "| alexnet |" in bench("report", written)
+    printed = bench("report", written)
+    for network, row in zip(("alexnet", "vgg16"), each["rows"], strict=True):
+        # Whole batches; files of a photograph's size; more than an image a second and core.
+        assert (row["network"], row["images"]) == (network, 8)
+        assert 50 < row["image_kb"] < 200
+        assert row["images_per_s"] > 1 and 0.1 < row["cpu_ms"] < 1000
+        assert re.search(rf"\n{network} .* {row['images_per_s']:.0f} ", output)
+        assert f"| {network} |" in printed
 
 
 def workers_document(own_network):
@@ -633,6 +723,32 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     document = check_document(written, "gemm", runs=1)
     assert not document["complete"]
     assert [row["m"] for row in document["runs"][0]["rows"]] == [64]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_policy_is_left_behind(how):
+    command = [sys.executable, "-m", "keras_dfp", "bench", "step", "--network", "dense"]
+    with subprocess.Popen(
+        [*command, "--policy", "float32", "--policy", "dfp16", "--repeats", "1000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert wait_until(lambda: len(children(process.pid)) == 2)
+        pids = children(process.pid)
+        process.send_signal(how)
+        assert process.wait(timeout=60) == (130 if how == signal.SIGINT else -how)
+    # Without a word from the command, those that wait notice at once, another after its turn.
+    seconds = 0 if how == signal.SIGINT else 30
+    assert wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), seconds)
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
 
 
 def children(pid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib.util
 import itertools
 import re
@@ -97,13 +98,13 @@ _against = click.option(
 )
 
 
-def _repeats(default: int) -> Callable:
+def _repeats(default: int, what: str = "runs") -> Callable:
     return click.option(
         "--repeats",
         type=click.IntRange(min=1),
         default=default,
         show_default=True,
-        help="The median of so many runs counts, after one to warm up.",
+        help=f"The median of so many {what} counts, after one to warm up.",
     )
 
 
@@ -311,13 +312,15 @@ def small(isa, threads, repeats, json_path) -> None:
     help="May be given several times; figures are compared with the first.",
 )
 @_machine
-@_repeats(5)
+@_repeats(10, "rounds")
 @_json
 def step(networks, batch, image_size, policies, isa, threads, repeats, json_path) -> None:
     """Time whole training steps: samples per second, peak memory, and where the time goes.
 
-    Each policy runs in a process of its own, on random samples, with SGD and momentum. The time by
-    kind of op comes from TensorFlow's profiler.
+    Each policy runs in a process of its own, on random samples, with SGD and momentum. They take
+    turns: in a round each runs steps for 0.4 seconds, or one, while the others wait. So they need
+    their memory together. Ratios are the medians of those of the rounds, half of which are within
+    the range beside them. The time by kind of op comes from TensorFlow's profiler.
 
     \b
     Examples:
@@ -325,14 +328,9 @@ def step(networks, batch, image_size, policies, isa, threads, repeats, json_path
       keras-dfp bench step --network lstm --network transformer
       keras-dfp bench --end-to-end --network vgg16 --policy float32 --policy dfp16
     """
-    _run(
-        "step",
-        [{**each, "repeats": repeats} for each in _each_network(networks, batch, image_size)],
-        isa=isa,
-        threads=threads,
-        json_path=json_path,
-        parts=[{"policy": policy} for policy in dict.fromkeys(policies)],
-    )
+    common = {"policies": list(dict.fromkeys(policies)), "repeats": repeats}
+    each = [{**network, **common} for network in _each_network(networks, batch, image_size)]
+    _run("step", each, isa=isa, threads=threads, json_path=json_path)
 
 
 @bench.command()
@@ -368,14 +366,13 @@ def pipeline(networks, batch, images, isa, threads, repeats, json_path) -> None:
     """
     if images < batch:
         raise click.BadParameter(f"{images} images do not make a batch of {batch}.")
-    _run(
-        "pipeline",
-        [{"batch": batch, "images": images, "repeats": repeats}],
-        isa=isa,
-        threads=threads,
-        json_path=json_path,
-        parts=[{"network": network} for network in dict.fromkeys(networks)],
-    )
+    settings = {
+        "networks": list(dict.fromkeys(networks)),
+        "batch": batch,
+        "images": images,
+        "repeats": repeats,
+    }
+    _run("pipeline", [settings], isa=isa, threads=threads, json_path=json_path)
 
 
 @bench.command()
@@ -497,7 +494,6 @@ def _run(
     threads: list[int | None],
     json_path: Path | None,
     plot_path: Path | None = None,
-    parts: tuple[dict, ...] | list[dict] = ({},),
 ) -> None:
     """Measures every configuration and prints it row by row; writes what was asked for.
 
@@ -508,7 +504,6 @@ def _run(
         threads: Each run is measured with each of these numbers; None for all threads.
         json_path: Where to write the document.
         plot_path: Where to draw it.
-        parts: What to add to a run's settings: one process each.
     """
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -518,7 +513,7 @@ def _run(
     }
     # Drawn where there is a terminal for it.
     bar = tqdm(
-        total=len(each) * len(threads) * len(parts),
+        total=len(each) * len(threads),
         disable=None,
         leave=False,
         bar_format="measuring {desc}: {percentage:.0f} % done, {remaining} left",
@@ -531,8 +526,7 @@ def _run(
                 "rows": [],
             }
             document["runs"].append(run)
-            for part in parts:
-                _measure(benchmark, run, part, bar)
+            _measure(benchmark, run, bar)
             if not run["rows"]:
                 click.echo(f"Nothing to measure: {settings['network']} has no such layers.")
             _print_summaries(benchmark, run)
@@ -557,30 +551,29 @@ def _run(
             _draw(document, plot_path)
 
 
-def _measure(benchmark: str, run: dict, part: dict, bar: tqdm) -> None:
+def _measure(benchmark: str, run: dict, bar: tqdm) -> None:
     """Measures, printing every row as it comes and adding it to the run; moves the bar by 1."""
     before = bar.n
-    for kind, value in measure(_module(benchmark), {**run["settings"], **part}):
-        if kind == "doing":
-            bar.set_description_str(value.what, refresh=False)
-            bar.n = before + value.share
-            bar.refresh()
-            continue
-        with tqdm.external_write_mode():
-            if kind == "machine" and not run["machine"]:
-                run["machine"] = value
-                click.echo(f"\n{report.title(benchmark, run)}\n")
-            elif kind == "row":
-                run["rows"].append(value)
-                columns = report.columns(benchmark, run)
-                if len(run["rows"]) == 1:
-                    click.echo(report.header(columns))
-                click.echo(report.line(columns, value))
+    module = "conv" if benchmark == "depthwise" else benchmark
+    # Closed here, so that what interrupts the loop ends the processes.
+    with contextlib.closing(measure(module, run["settings"])) as sent:
+        for kind, value in sent:
+            if kind == "doing":
+                bar.set_description_str(value.what, refresh=False)
+                bar.n = before + value.share
+                bar.refresh()
+                continue
+            with tqdm.external_write_mode():
+                if kind == "machine" and not run["machine"]:
+                    run["machine"] = value
+                    click.echo(f"\n{report.title(benchmark, run)}\n")
+                elif kind == "row":
+                    run["rows"].append(value)
+                    columns = report.columns(benchmark, run)
+                    if len(run["rows"]) == 1:
+                        click.echo(report.header(columns))
+                    click.echo(report.line(columns, value))
     bar.n = before + 1
-
-
-def _module(benchmark: str) -> str:
-    return "conv" if benchmark == "depthwise" else benchmark
 
 
 def _print_summaries(benchmark: str, run: dict) -> None:
