@@ -117,18 +117,26 @@ def _worker(benchmark: str, settings: dict) -> Iterator[tuple[str, Any]]:
             raise RuntimeError(_failure(benchmark, settings, code, errors.read()))
 
 
-def _failure(benchmark: str, settings: dict, code: int, errors: str) -> str:
-    """Says which process ended with an exit code, and why, as far as that can be known."""
-    names = [settings[key] for key in ("network", "policy") if key in settings]
-    text = f"The process measuring {' '.join([benchmark, *names])} "
+def how_ended(process: str, code: int, errors: str) -> str:
+    """Returns a sentence on a process that failed.
+
+    Args:
+        process: What to call it.
+        code: Its exit code; that of a signal is negative.
+        errors: What it wrote to its standard error.
+    """
     # Of a traceback, the last line says what was wrong.
     last = errors.strip().split("\n")[-1]
     if code == -signal.SIGKILL:
-        text += "was killed (SIGKILL), probably for want of memory."
-    elif code < 0:
-        text += f"was killed by {signal.Signals(-code).name}. The last it wrote: {last}"
-    else:
-        text += f"ended with exit code {code}. {last}"
+        return f"{process} was killed (SIGKILL), probably for want of memory."
+    if code < 0:
+        return f"{process} was killed by {signal.Signals(-code).name}. The last it wrote: {last}"
+    return f"{process} ended with exit code {code}. {last}"
+
+
+def _failure(benchmark: str, settings: dict, code: int, errors: str) -> str:
+    names = [settings[key] for key in ("network", "policy") if key in settings]
+    text = how_ended(f"The process measuring {' '.join([benchmark, *names])}", code, errors)
     policies = settings.get("policies", [])
     if policies and (code == -signal.SIGKILL or re.search(WANT_OF_MEMORY, errors)):
         text = text.rstrip(".: ") + ". "

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 
 from keras_dfp.benchmarks.machine import milliseconds, quartiles
-from keras_dfp.benchmarks.run import Doing
+from keras_dfp.benchmarks.run import Doing, how_ended
 
 # Steps of one exchange before the turn of the next, and seconds of silence between them, in whose
 # middle bytes are counted: what belongs to a turn is over, and the next has not begun.
@@ -63,11 +63,11 @@ def _rows(count: int, settings: dict) -> list[dict]:
             stack.callback(processes[-1].wait)
             stack.callback(processes[-1].kill)
         output, _ = processes[0].communicate()
-        for process, log in zip(processes, errors, strict=True):
-            if process.wait():
+        for index, (process, log) in enumerate(zip(processes, errors, strict=True)):
+            if code := process.wait():
                 log.seek(0)
-                # Of a traceback, the last line; workers that see another end name it.
-                raise RuntimeError(log.read().strip().split("\n")[-1])
+                # Workers that see another end name it.
+                raise RuntimeError(how_ended(f"Worker {index} of {count}", code, log.read()))
     return json.loads(output)
 
 

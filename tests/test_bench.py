@@ -364,6 +364,8 @@ def test_ratios_are_of_the_same_round(tmp_path):
     ratio = f"{middle:.2f} | {low:.2f}-{high:.2f}"
     assert f"| dfp16 | 16.25 | 123.00 | {ratio} | 600 | 0.75 |" in output
     assert "| float32 | 25.00 | 80.00 | 1.00 | 1.00-1.00 | 800 | 1.00 |" in output
+    refused = bench("report", written, "--plot", tmp_path / "step.png", code=1)
+    assert "is of bench step; --plot draws conv, depthwise, gemm, workers." in refused
 
 
 def busy_seconds(pid):

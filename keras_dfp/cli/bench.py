@@ -27,6 +27,8 @@ from keras_dfp.exchange import EXCHANGES
 from keras_dfp.files import read_json, shown, write_json, written_whole
 
 POLICIES = ("float32", "mixed_bfloat16", "dfp16", "dfp16_paper")
+# Who draws a benchmark's document; of the others there is no plot.
+PLOTTED = {**dict.fromkeys(("conv", "depthwise", "gemm"), roofline.plot), "workers": wire.plot}
 
 
 # ---- types of options ----------------------------------------------------------------------------
@@ -467,6 +469,11 @@ def report_(file, rows, plot_path) -> None:
             f"{shown(file)} has schema {schema}; this version reads {SCHEMA}. Measure again."
         )
     try:
+        benchmark = document["benchmark"]
+        if plot_path and benchmark not in PLOTTED:
+            raise click.ClickException(
+                f"{shown(file)} is of bench {benchmark}; --plot draws {', '.join(PLOTTED)}."
+            )
         click.echo(report.markdown(document, rows))
         if plot_path:
             _draw(document, plot_path)
@@ -582,6 +589,5 @@ def _print_summaries(benchmark: str, run: dict) -> None:
 
 
 def _draw(document: dict, path: Path) -> None:
-    plot = wire.plot if document["benchmark"] == "workers" else roofline.plot
     with written_whole(path) as temporary:
-        plot(document, temporary)
+        PLOTTED[document["benchmark"]](document, temporary)
