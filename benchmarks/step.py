@@ -71,9 +71,8 @@ def measure(settings: dict) -> Iterator[Doing | dict | None]:
     """Yields one row, and None where others may run; settings: network, policy, batch, image_size,
     repeats."""
     policy, batch, repeats = (settings[key] for key in ("policy", "batch", "repeats"))
-    doing = f"{settings['network']} {policy}"
-    yield Doing(doing, 0)
-    start = time.perf_counter()
+    what = f"{settings['network']} {policy}"
+    yield Doing(what, 0)
     keras.utils.set_random_seed(1)
     model = build(settings["network"], settings["image_size"], policy)
     x, y, loss = data(model, batch)
@@ -81,18 +80,25 @@ def measure(settings: dict) -> Iterator[Doing | dict | None]:
     run, graph = training_step(model, optimizer, x, y, loss)
     run()
     run()
-    one_ms = milliseconds(run)
-    steps = max(1, round(ROUND_MS / one_ms))
-    warm_up_ms, round_ms = 1e3 * (time.perf_counter() - start), steps * one_ms
-    # The profile takes about another round.
-    whole_ms = warm_up_ms + (repeats + 1) * round_ms
+    before = time.process_time()
+    steps = max(1, round(ROUND_MS / milliseconds(run)))
+    # For the bar, in time of processors, which has that of starting the process in it. The profile
+    # takes about another round.
+    warm_up = time.process_time()
+    a_round = steps * (warm_up - before)
+    whole = warm_up + (repeats + 1) * a_round
+
+    def doing(done: int) -> Doing:
+        return Doing(what, (warm_up + done * a_round) / whole)
+
     rounds: list[float] = []
     for done in range(repeats):
         yield None
-        yield Doing(doing, (warm_up_ms + done * round_ms) / whole_ms)
+        yield doing(done)
         rounds.append(statistics.median(milliseconds(run) for _ in range(steps)))
     peak = peak_memory()
     yield None
+    yield doing(repeats)
     step_ms = statistics.median(rounds)
     yield {
         "policy": policy,
