@@ -118,9 +118,11 @@ def convolution(
     )
     moved = (traffic(x, w, dy.size), traffic(w, dy, x.size), traffic(x, dy, w.size))
     if depthwise:
-        stock = _stock_depthwise
+        stock = functools.partial(_stock, "DepthwiseConv2dNative")
+    elif x.shape[-1] == w.shape[-2]:
+        stock = functools.partial(_stock, "Conv2D")
     else:
-        stock = _stock if x.shape[-1] == w.shape[-2] else _stock_grouped
+        stock = _stock_grouped
     ways = [{"dfp": function} for function in dfp]
     for name in against:
         functions = stock(x.floats[name], w.floats[name], dy.floats[name], **geometry)
@@ -130,27 +132,16 @@ def convolution(
     return dict(zip(PASSES, products, strict=True)), (x, w, dy)
 
 
-def _stock(x, w, dy, strides, padding):
+def _stock(op, x, w, dy, strides, padding):
     how = {"strides": [1, *strides, 1], "padding": padding}
-    raw, x_sizes, w_sizes = tf.raw_ops, tf.constant(x.shape), tf.constant(w.shape)
-    return (
-        lambda: raw.Conv2D(input=x, filter=w, **how),
-        lambda: raw.Conv2DBackpropInput(input_sizes=x_sizes, filter=w, out_backprop=dy, **how),
-        lambda: raw.Conv2DBackpropFilter(input=x, filter_sizes=w_sizes, out_backprop=dy, **how),
+    forward, input_gradient, weight_gradient = (
+        getattr(tf.raw_ops, op + what) for what in ("", "BackpropInput", "BackpropFilter")
     )
-
-
-def _stock_depthwise(x, w, dy, strides, padding):
-    how = {"strides": [1, *strides, 1], "padding": padding}
-    raw, x_sizes, w_sizes = tf.raw_ops, tf.constant(x.shape), tf.constant(w.shape)
+    x_sizes, w_sizes = tf.constant(x.shape), tf.constant(w.shape)
     return (
-        lambda: raw.DepthwiseConv2dNative(input=x, filter=w, **how),
-        lambda: raw.DepthwiseConv2dNativeBackpropInput(
-            input_sizes=x_sizes, filter=w, out_backprop=dy, **how
-        ),
-        lambda: raw.DepthwiseConv2dNativeBackpropFilter(
-            input=x, filter_sizes=w_sizes, out_backprop=dy, **how
-        ),
+        lambda: forward(input=x, filter=w, **how),
+        lambda: input_gradient(input_sizes=x_sizes, filter=w, out_backprop=dy, **how),
+        lambda: weight_gradient(input=x, filter_sizes=w_sizes, out_backprop=dy, **how),
     )
 
 
