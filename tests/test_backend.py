@@ -555,28 +555,49 @@ def test_steps_per_execution(steps):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "make, shape",
-    [
-        (lambda: layers.Dense(2), (6,)),
-        (lambda: layers.Conv2D(2, 3), (5, 5, 2)),
-        (lambda: layers.DepthwiseConv2D(3), (5, 5, 2)),
-    ],
-    ids=["dense", "conv", "depthwise"],
-)
+def attend(x):
+    return layers.Attention(use_scale=True)([layers.Dense(2)(x), layers.Dense(2)(x), x])
+
+
+SHAPELESS = {
+    "dense": (lambda x: layers.Dense(2)(x), (6,)),
+    "dense of sequences": (lambda x: layers.Dense(2)(x), (3, 6)),
+    "conv1d": (lambda x: layers.Conv1D(2, 3)(x), (6, 2)),
+    "conv2d": (lambda x: layers.Conv2D(2, 3)(x), (5, 5, 2)),
+    "conv3d": (lambda x: layers.Conv3D(2, 3)(x), (4, 4, 4, 2)),
+    "channels first": (lambda x: layers.Conv2D(2, 3, data_format="channels_first")(x), (2, 5, 5)),
+    "depthwise": (lambda x: layers.DepthwiseConv2D(3)(x), (5, 5, 2)),
+    "separable": (lambda x: layers.SeparableConv2D(2, 3)(x), (5, 5, 2)),
+    "transposed 1d": (lambda x: layers.Conv1DTranspose(2, 3)(x), (6, 2)),
+    "transposed 2d": (lambda x: layers.Conv2DTranspose(2, 3)(x), (5, 5, 2)),
+    "transposed 3d": (lambda x: layers.Conv3DTranspose(2, 3)(x), (4, 4, 4, 2)),
+    "einsum": (lambda x: layers.EinsumDense("abc,cd->abd", output_shape=(6, 4))(x), (6, 3)),
+    "attention": (attend, (4, 2)),
+    "multi-head": (lambda x: layers.MultiHeadAttention(2, 3)(x, x), (6, 3)),
+    "dot": (lambda x: layers.Dot(axes=2)([layers.Dense(3)(x), x]), (6, 3)),
+    "lstm": (lambda x: layers.LSTM(4, return_sequences=True)(x), (6, 3)),
+    "batch norm": (lambda x: layers.BatchNormalization()(layers.Conv2D(2, 3)(x)), (5, 5, 2)),
+}
+
+
+@pytest.mark.parametrize("make, shape", SHAPELESS.values(), ids=SHAPELESS)
 def test_fit_where_only_python_knows_a_shape(make, shape):
+    def in_python(x):
+        # As what looks words up does: the shape is set, and lost in a function's graph.
+        y = tf.numpy_function(lambda x: x, [x], tf.float32)
+        y.set_shape(x.shape)
+        return y
+
     class AsItCame(layers.Layer):
         def call(self, x):
-            # As what looks words up does: the shape is set, and lost in a function's graph.
-            y = tf.numpy_function(lambda x: x, [x], tf.float32)
-            y.set_shape(x.shape)
-            return y
+            return tf.custom_gradient(lambda x: (in_python(x), in_python))(x)
 
     x = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
     trained = []
-    for before in (AsItCame(), layers.Identity()):
+    for around in (AsItCame(), layers.Identity()):
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input(shape), before, make(), layers.Flatten()])
+        inputs = keras.Input(shape)
+        model = keras.Model(inputs, layers.Flatten()(around(make(around(inputs)))))
         keras_dfp.set_model_policy(model, "dfp16")
         model.compile("sgd", "mse")
         model.fit(x, np.zeros((4, *model.output_shape[1:])), batch_size=2, shuffle=False, verbose=0)

@@ -531,6 +531,19 @@ def wrong_call(data, name):
         np.asarray(value).tobytes()  # all of it can be read
 
 
+def shapeless_call(data, name):
+    """Where no input has a shape, every output has an unknown one: TensorFlow refuses none."""
+    arguments, _ = RIGHT[name](Draw(data))
+
+    def shapeless(x):
+        is_tensor = isinstance(x, np.ndarray | tf.Tensor)
+        return tf.compat.v1.placeholder(x.dtype) if is_tensor else x
+
+    with tf.Graph().as_default():
+        unknown = tf.nest.map_structure(shapeless, arguments)
+        tf.identity_n(tf.nest.flatten(getattr(lib, name)(**unknown)))
+
+
 def fuzz(check, name, examples):
     given(st.data())(
         settings(
@@ -555,3 +568,8 @@ def test_every_op_is_here():
 )
 def test_fuzz(check, name, examples):
     fuzz(check, name, examples)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_shapes_nobody_knows(name):
+    fuzz(shapeless_call, name, 3)

@@ -68,7 +68,8 @@ cdef struct TFApi:
         TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*) noexcept nogil
     void (*ShapeInferenceContextSetOutput)(
         TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*) noexcept nogil
-    TF_ShapeHandle* (*ShapeInferenceContextScalar)(TF_ShapeInferenceContext*) noexcept nogil
+    void (*ShapeInferenceContextSetUnknownShape)(
+        TF_ShapeInferenceContext*, TF_Status*) noexcept nogil
     int64_t (*ShapeInferenceContextRank)(
         TF_ShapeInferenceContext*, TF_ShapeHandle*) noexcept nogil
     int (*ShapeInferenceContextRankKnown)(
@@ -127,7 +128,7 @@ cdef extern from *:
         "TF_OpDefinitionBuilderSetShapeInferenceFunction",
         "TF_NewShapeHandle", "TF_DeleteShapeHandle",
         "TF_ShapeInferenceContextGetInput",
-        "TF_ShapeInferenceContextSetOutput", "TF_ShapeInferenceContextScalar",
+        "TF_ShapeInferenceContextSetOutput", "TF_ShapeInferenceContextSetUnknownShape",
         "TF_ShapeInferenceContextRank", "TF_ShapeInferenceContextRankKnown",
         "TF_ShapeInferenceContextWithRank",
         "TF_ShapeInferenceContextSubshape", "TF_ShapeInferenceContextConcatenateShapes",

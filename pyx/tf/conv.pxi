@@ -43,6 +43,7 @@ cdef void conv_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
     cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
     cdef TF_ShapeHandle* n = tf.NewShapeHandle()
     cdef int64_t rank
+    tf.ShapeInferenceContextSetUnknownShape(c, st)
     tf.ShapeInferenceContextGetInput(c, 0, x, st)
     tf.ShapeInferenceContextGetInput(c, 3, w, st)
     if tf.ShapeInferenceContextRankKnown(c, x) and tf.ShapeInferenceContextRankKnown(c, w):
@@ -56,8 +57,6 @@ cdef void conv_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
             tf.ShapeInferenceContextConcatenateShapes(c, n, unknown, unknown, st)
         if tf.GetCode(st) == TF_OK:
             tf.ShapeInferenceContextSetOutput(c, 0, unknown, st)
-    else:
-        rank_of(c, 0, 3, st)
     tf.DeleteShapeHandle(x)
     tf.DeleteShapeHandle(w)
     tf.DeleteShapeHandle(unknown)
@@ -65,11 +64,11 @@ cdef void conv_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
 
 
 cdef void conv_input_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    rank_of(c, 1, 4, st)
+    rank_of(c, 1, st)
 
 
 cdef void conv_filter_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    rank_of(c, 0, 4, st)
+    rank_of(c, 0, st)
 
 
 cdef void* conv_create_with(TF_OpKernelConstruction* k, const char* a_bits,

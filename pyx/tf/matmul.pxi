@@ -27,6 +27,7 @@ cdef void matmul_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogi
     cdef TF_ShapeHandle* a = tf.NewShapeHandle()
     cdef TF_ShapeHandle* y = tf.NewShapeHandle()
     cdef TF_ShapeHandle* matrix = tf.NewShapeHandle()
+    tf.ShapeInferenceContextSetUnknownShape(c, st)
     tf.ShapeInferenceContextGetInput(c, 0, a, st)
     if tf.ShapeInferenceContextRankKnown(c, a):
         tf.ShapeInferenceContextSubshape(
@@ -35,8 +36,6 @@ cdef void matmul_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogi
         tf.ShapeInferenceContextConcatenateShapes(c, y, matrix, y, st)
         if tf.GetCode(st) == TF_OK:
             tf.ShapeInferenceContextSetOutput(c, 0, y, st)
-    else:
-        rank_of(c, 0, 3, st)
     tf.DeleteShapeHandle(a)
     tf.DeleteShapeHandle(y)
     tf.DeleteShapeHandle(matrix)

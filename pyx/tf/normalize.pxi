@@ -62,8 +62,8 @@ cdef void channels_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept no
     """Two outputs of a value for each channel, and one of any shape."""
     cdef TF_ShapeHandle* x = tf.NewShapeHandle()
     cdef TF_ShapeHandle* n = tf.NewShapeHandle()
-    cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
     cdef int64_t rank
+    tf.ShapeInferenceContextSetUnknownShape(c, st)
     tf.ShapeInferenceContextGetInput(c, 0, x, st)
     tf.ShapeInferenceContextWithRank(c, n, 1, n, st)
     if tf.ShapeInferenceContextRankKnown(c, x):
@@ -72,22 +72,18 @@ cdef void channels_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept no
             tf.ShapeInferenceContextSubshape(c, x, rank - 1, rank, n, st)
     tf.ShapeInferenceContextSetOutput(c, 0, n, st)
     tf.ShapeInferenceContextSetOutput(c, 1, n, st)
-    tf.ShapeInferenceContextSetOutput(c, 2, unknown, st)
     tf.DeleteShapeHandle(x)
     tf.DeleteShapeHandle(n)
-    tf.DeleteShapeHandle(unknown)
 
 
 cdef void computed_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
     """Float and mantissas of the first input's shape, and two outputs of any shape."""
     cdef TF_ShapeHandle* x = tf.NewShapeHandle()
-    cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
-    cdef int i
+    tf.ShapeInferenceContextSetUnknownShape(c, st)
     tf.ShapeInferenceContextGetInput(c, 0, x, st)
-    for i in range(4):
-        tf.ShapeInferenceContextSetOutput(c, i, x if i < 2 else unknown, st)
+    tf.ShapeInferenceContextSetOutput(c, 0, x, st)
+    tf.ShapeInferenceContextSetOutput(c, 1, x, st)
     tf.DeleteShapeHandle(x)
-    tf.DeleteShapeHandle(unknown)
 
 
 cdef inline Channels channels_of(const Shape* x) noexcept nogil:

@@ -67,28 +67,28 @@ cdef void register_op(const char* name, const char* signature, shape_fn shape, c
 
 # ---- static shapes -------------------------------------------------------------------------------
 
+# A new handle is no shape, not even an unknown one: as an output it fails every `IdentityN` that
+# reads it, and there is one in every optimizer. An output whose shape may be unknown is first set
+# to that. It is where Python's `set_shape` is lost: in a graph that is called as a function.
+
 cdef void same_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
+    """The first output has the first input's shape; Python sets the others'."""
     cdef TF_ShapeHandle* x = tf.NewShapeHandle()
+    tf.ShapeInferenceContextSetUnknownShape(c, st)
     tf.ShapeInferenceContextGetInput(c, 0, x, st)
     tf.ShapeInferenceContextSetOutput(c, 0, x, st)
     tf.DeleteShapeHandle(x)
 
 
-cdef void rank_of(TF_ShapeInferenceContext* c, int input, int other,
-                  TF_Status* st) noexcept nogil:
-    """Only the rank is known here, that of two inputs: one's, where the other's is not.
-
-    What Python knows of a shape is lost where a graph is called as a function; ops that want at
-    least a rank (TensorFlow's `IdentityN`, in every optimizer) fail there if even that is unknown.
-    """
+cdef void rank_of(TF_ShapeInferenceContext* c, int input, TF_Status* st) noexcept nogil:
+    """Only the rank of a gradient is known here: its shape is the value of a tensor."""
     cdef TF_ShapeHandle* like = tf.NewShapeHandle()
     cdef TF_ShapeHandle* y = tf.NewShapeHandle()
+    tf.ShapeInferenceContextSetUnknownShape(c, st)
     tf.ShapeInferenceContextGetInput(c, input, like, st)
-    if not tf.ShapeInferenceContextRankKnown(c, like):
-        tf.ShapeInferenceContextGetInput(c, other, like, st)
     if tf.ShapeInferenceContextRankKnown(c, like):
         tf.ShapeInferenceContextWithRank(c, y, tf.ShapeInferenceContextRank(c, like), y, st)
-    tf.ShapeInferenceContextSetOutput(c, 0, y, st)
+        tf.ShapeInferenceContextSetOutput(c, 0, y, st)
     tf.DeleteShapeHandle(like)
     tf.DeleteShapeHandle(y)
 

@@ -2,7 +2,7 @@
 
 cdef void register_quantize(TF_Status* st) noexcept nogil:
     register_op(
-        "DfpQuantize", QUANTIZE_SIGNATURE, quantize_shape, quantize_create, quantize_compute, st)
+        "DfpQuantize", QUANTIZE_SIGNATURE, same_shape, quantize_create, quantize_compute, st)
     register_op("DfpDequantize", "q: int16; e: int32; token: float -> y: float", same_shape, NULL,
                 dequantize_compute, st)
     register_op("DfpToken", "x: float; q: int16; shape: n_shape * int32 -> token: float | "
@@ -17,15 +17,6 @@ cdef extern from *:
         "n_counts: int >= 0 = 0; n_exponent: int >= 0 = 0; n_step: int >= 0 = 0; fused: bool = true"
     """
     const char* QUANTIZE_SIGNATURE "DFP_QUANTIZE_SIGNATURE"
-
-
-cdef void quantize_shape(TF_ShapeInferenceContext* c, TF_Status* st) noexcept nogil:
-    """How many axes the exponents have, an attribute says, which a C shape function cannot read:
-    keras_dfp.native sets it."""
-    cdef TF_ShapeHandle* unknown = tf.NewShapeHandle()
-    same_shape(c, st)
-    tf.ShapeInferenceContextSetOutput(c, 1, unknown, st)
-    tf.DeleteShapeHandle(unknown)
 
 
 cdef void quantize_attrs(TF_OpKernelConstruction* k, Attrs* a, TF_Status* st) noexcept nogil:
