@@ -19,6 +19,7 @@ from keras_dfp import source_tree as source_tree  # then: it finds packages for 
 
 # isort: split
 from keras_dfp import backend, callbacks, layers, ops, optimizers, reference, zoo
+from keras_dfp import saving as saving
 from keras_dfp.audit import Audit, audit
 from keras_dfp.info import info
 from keras_dfp.legacy import warn_of_legacy_keras as _warn_of_legacy_keras

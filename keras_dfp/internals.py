@@ -86,6 +86,14 @@ global_seed_generator = find("keras.src.random.seed_generator:global_seed_genera
 global_state = find("keras.src.backend.common.global_state")
 current_path = find("keras.src.backend.common.name_scope:current_path")
 image = find("keras.src.ops.image")
+serialization_lib = find("keras.src.saving.serialization_lib")
+saving_lib = find("keras.src.saving.saving_lib")
+# What `save` and `load_model` call to turn a model into its config and back.
+write_config = find(
+    "keras.src.saving.saving_lib:_serialize_model_as_json",
+    "keras.src.saving.saving_lib:_save_model_to_fileobj",
+)
+read_config = find("keras.src.saving.saving_lib:_model_from_config")
 trainer = find("keras.src.trainers.trainer")
 tf_trainer = find("keras.src.backend.tensorflow.trainer")
 TFTrainer = find(

@@ -68,7 +68,7 @@ def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolic
     for layer in layers:
         if isinstance(layer, Trainer):
             layer.train_function = layer.test_function = layer.predict_function = None
-    _settle(model)
+    settle(model)
 
 
 def layers_in_order(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
@@ -126,7 +126,7 @@ def _has_float32_variables(layer) -> bool:
     )
 
 
-def _settle(model) -> None:
+def settle(model: keras.Model) -> None:
     """Does what needs the whole model: once it is compiled and built, in whichever order."""
     for layer in first_and_last(model):
         policy = layer.dtype_policy
@@ -153,7 +153,7 @@ def _clone_functional_policy(original):
             if new.dtype_policy != model.dtype_policy:
                 new.dtype_policy = model.dtype_policy
                 if new.compiled:
-                    _settle(new)
+                    settle(new)
         return new
 
     return clone
@@ -165,7 +165,7 @@ def _settle_when_compiled(original):
     def compile(self, *args, **kwargs):
         original(self, *args, **kwargs)
         if self.built:
-            _settle(self)
+            settle(self)
 
     return compile
 
@@ -176,6 +176,6 @@ def _settle_when_built(original):
     def post_build(self):
         original(self)
         if isinstance(self, Trainer) and self.compiled:
-            _settle(self)
+            settle(self)
 
     return post_build

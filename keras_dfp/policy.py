@@ -266,8 +266,7 @@ def set_policy(policy: str | dtype_policies.DTypePolicy) -> None:
     The same as `keras.config.set_dtype_policy(policy)`. As with every Keras dtype policy:
     `keras.utils.clear_session()` resets it to float32, with a warning if it was a DFPPolicy;
     threads have their own; layers that exist already, or are loaded from a file, keep theirs
-    (`set_model_policy` changes those). A subclassed model that does not save its layers' dtypes
-    gets the policy that is set when it is loaded.
+    (`set_model_policy` changes those).
 
     Args:
         policy: A `DFPPolicy`, its name (`"dfp16"`, `"dfp16_paper"`), or any policy of Keras
@@ -491,39 +490,3 @@ def _load_functional_policy(original):
         return model
 
     return functional_from_config
-
-
-_BUILT_UNDER = "keras_dfp_policy"
-
-
-@replaces(keras.layers.Layer, "get_build_config", "self")
-def _save_policy_of_building(original):
-    """Saves the policy of what a layer may have made in `build`: there it has no config."""
-
-    @functools.wraps(original)
-    def get_build_config(self):
-        config = original(self)
-        inner = [layer.dtype_policy for layer in self._flatten_layers(False, False)]
-        if config and inner and isinstance(inner[0], DFPPolicy):
-            if all(policy == inner[0] for policy in inner):
-                config = {**config, _BUILT_UNDER: internals.dtype_policies.serialize(inner[0])}
-        return config
-
-    return get_build_config
-
-
-@replaces(keras.layers.Layer, "build_from_config", "self config")
-@replaces(keras.Model, "build_from_config", "self config")
-def _build_under_saved_policy(original):
-    """Builds a loaded layer under the policy that it was built under."""
-
-    @functools.wraps(original)
-    def build_from_config(self, config):
-        policy = config.get(_BUILT_UNDER) if config else None
-        if policy is None:
-            return original(self, config)
-        config = {key: value for key, value in config.items() if key != _BUILT_UNDER}
-        with policy_scope(dtype_policies.get(policy)):
-            return original(self, config)
-
-    return build_from_config

@@ -1,5 +1,6 @@
 """DFPPolicy: names, options, patterns, saving; and the policy of a whole model."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -578,3 +579,70 @@ def test_layers_made_in_build_come_back_as_they_were(tmp_path):
         model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
         assert loaded.layers[0].inner.dtype_policy.name == inner
+
+
+@keras.saving.register_keras_serializable("test_policy")
+class TellsNoDtypes(keras.Model):
+    def __init__(self, units=3):
+        super().__init__()
+        self.stem = layers.Dense(units)
+        self.blocks = [layers.Dense(units), BuildsSublayers()]
+        self.head = layers.Dense(2, dtype="float32")
+
+    def call(self, x):
+        for layer in (self.stem, *self.blocks, self.head):
+            x = layer(x)
+        return x
+
+    def get_config(self):
+        return {"units": 3}
+
+
+def policies(model):
+    return [layer.dtype_policy for layer in layers_in_order(model)]
+
+
+WAYS = {
+    "file": save_and_load,
+    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "json": lambda model, _: keras.models.model_from_json(model.to_json()),
+    "clone": lambda model, _: keras.models.clone_model(model),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("later", ["dfp16_paper", "float16"])
+def test_policies_that_no_config_tells_come_back_as_saved(way, later, tmp_path):
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype("float32")
+    with policy_scope(DFPPolicy(mantissa_bits=12)):
+        model = TellsNoDtypes()
+        model.compile("sgd", "mse")
+        model.fit(x, x[:, :2], verbose=0)
+    model.blocks[0].dtype_policy = "dfp16"
+    with policy_scope(later), warnings.catch_warnings():
+        warnings.filterwarnings("error", "keras_dfp")
+        other = WAYS[way](model, tmp_path)
+    assert policies(other) == policies(model)
+    if way in ("file", "deepcopy"):
+        np.testing.assert_array_equal(other(x), model(x))
+        other.fit(x, x[:, :2], verbose=0)
+
+
+def test_a_float32_file_comes_back_float32(tmp_path):
+    model = TellsNoDtypes()
+    model(np.ones((1, 8)))
+    assert "keras_dfp" not in model.to_json()
+    for later in ("float32", "dfp16"):
+        with policy_scope(later):
+            loaded = save_and_load(model, tmp_path)
+        assert {policy.name for policy in policies(loaded)} == {"float32"}
+
+
+def test_a_policy_whose_layer_is_gone_is_told_once(tmp_path, monkeypatch):
+    with policy_scope("dfp16"):
+        model = TellsNoDtypes()
+    config = json.loads(model.to_json())
+    monkeypatch.setattr(TellsNoDtypes, "__init__", lambda self, units: keras.Model.__init__(self))
+    with pytest.warns(UserWarning, match=rf"not all have .*: {model.stem.name} \(dfp16\)") as told:
+        keras.models.model_from_json(json.dumps(config))
+    assert len(told) == 1

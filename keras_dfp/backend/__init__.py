@@ -31,8 +31,8 @@ layer with another policy computes exactly what it computes without the plugin.
 
 To do one more thing differently, decorate `make(original) -> replacement` with
 `registry.replaces(owner, name, parameters)`; what is not public in Keras is found in
-`keras_dfp.internals`. `keras_dfp.policy` and `keras_dfp.model_policy` add the entries that concern
-policies.
+`keras_dfp.internals`. `keras_dfp.policy`, `keras_dfp.model_policy` and `keras_dfp.saving` add the
+entries that concern policies.
 """
 
 from keras_dfp.backend import attention as attention
