@@ -157,6 +157,32 @@ def test_train_again(trained):
     assert "holds another run: steps is 60, not 61." in run(*arguments, "61", "--resume", code=1)
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "9999"), "A batch of 9999 images is more than the 1437"),
+        (("--weights", "nowhere.keras"), "cannot start from the weights 'nowhere.keras'"),
+        (("--data", "PHOTOS", "--batch-size", "4"), "(--skip-bad-images goes on without)"),
+    ],
+    ids=["batch", "weights", "images"],
+)
+def test_what_fails_early_leaves_nothing(command, options, message, tmp_path):
+    for name in ("cat", "dog"):
+        for number in range(8):
+            path = tmp_path / "photos" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("no image")
+    options = [str(tmp_path / "photos") if option == "PHOTOS" else option for option in options]
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "notes.txt").touch()
+    before = set(tmp_path.rglob("*"))
+    for folder in (kept, tmp_path / "new" / "folder"):
+        assert message in run(command, *options, "--output", str(folder), code=1)
+        assert set(tmp_path.rglob("*")) == before
+
+
 def test_evaluate(trained):
     folder, output = trained
     tested = re.search(r"test top-1 (\d+\.\d+%), top-5 (\d+\.\d+%)", output)

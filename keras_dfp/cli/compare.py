@@ -12,7 +12,7 @@ from keras_dfp.cli.options import (
     POLICY_HELP,
     ListType,
     PolicyType,
-    make_folder,
+    output_folder,
     require,
     settings,
     settings_options,
@@ -70,8 +70,7 @@ def compare(
     this = settings(**options)
     output = output or Path("runs") / this.network
     data = this.find_data()
-    make_folder(output)
-    with locked(output):
+    with output_folder(output), locked(output):
         results = comparison.kept(output, this, data)
         wanted = list(itertools.product(range(1, seeds + 1), policies))
         pace = Pace(sum((policy, seed) not in results for seed, policy in wanted))

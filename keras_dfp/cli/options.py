@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from keras_dfp import zoo
-from keras_dfp.files import shown
+from keras_dfp.files import made, shown
 from keras_dfp.training.policies import OPTIONS, POLICIES, policy
 from keras_dfp.training.settings import Settings
 
@@ -176,20 +177,26 @@ def require(*packages: str) -> None:
         )
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder to write to; says so before the work if that is not possible."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        # It never has a name, so nothing is left of it, nor in the way of another process.
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise failure(f"Cannot write to --output {shown(path)}: {error.strerror}") from error
+@contextlib.contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Makes a folder to write to; says so before the work, the block, if that is not possible.
+
+    Of a block that fails before it has written anything, nothing is left.
+    """
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError as error:
         raise failure(
             f"--output {shown(path)} is not UTF-8; TensorFlow writes to no such names."
         ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(made(path))
+            # It never has a name, so nothing is left of it, nor in the way of another process.
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise failure(f"Cannot write to --output {shown(path)}: {error.strerror}") from error
+        yield
 
 
 def check_folder(path: Path) -> None:

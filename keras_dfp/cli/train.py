@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from keras_dfp.cli.options import (
     Number,
     PolicyType,
     failure,
-    make_folder,
+    output_folder,
     require,
     settings,
     settings_options,
@@ -117,12 +118,13 @@ def train(
     if compare and statistics is None:
         raise click.UsageError("--compare needs --statistics N, which says in which steps.")
     how = checkpoint_steps, statistics, compare, stop_on_nonfinite
-    with joined(worker_timeout) as workers:
-        _train(workers, output, resume, *how, **options)
+    with joined(worker_timeout) as workers, ExitStack() as stack:
+        _train(workers, stack, output, resume, *how, **options)
 
 
 def _train(
     workers: Workers,
+    stack: ExitStack,
     output: Path | None,
     resume: bool,
     checkpoint_steps: int,
@@ -157,7 +159,7 @@ def _train(
             f"{steps}: choose at most that."
         )
     if workers.is_chief:
-        make_folder(output)
+        stack.enter_context(output_folder(output))
     run = Run(this, output, data, resume, workers, compare)
     if run.finished:
         say("It is finished already.")

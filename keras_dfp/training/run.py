@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dfp import comparing, tables, zoo
-from keras_dfp.files import locked, read_json, shown, written_whole
+from keras_dfp.files import locked, missing, read_json, remove_empty, shown, written_whole
 from keras_dfp.info import peak_memory
 from keras_dfp.recipe import Plateau
 from keras_dfp.report import describe
@@ -196,6 +196,8 @@ class Run:
         self.progress = Progress()
         self._statistics: Statistics | None = None
         self._compare = tuple(compare)
+        # If this process has begun it: what was in its folder before, and which folders it made.
+        self._begun: tuple[set[Path], list[Path]] | None = None
         if workers.is_chief:
             if compare:
                 on_integers = [row["path"] for row in describe(self.model).rows if row["format"]]
@@ -243,7 +245,11 @@ class Run:
             # Perhaps another process has come further in the meantime.
             self._load()
             if not self.finished:
-                self._train(checkpoint_steps, statistics, stop_on_nonfinite)
+                try:
+                    self._train(checkpoint_steps, statistics, stop_on_nonfinite)
+                except Exception:
+                    self._take_back()
+                    raise
             # Also when the run was killed just before.
             target = self.folder / "model.keras"
             if chief and self.progress.diverged is None and not target.exists():
@@ -290,7 +296,8 @@ class Run:
                         log.epoch(self.progress.history)
                     self.save()
             except DataError:
-                self.save()
+                if self.progress.step:
+                    self.save()
                 raise
             except Stopped:
                 self.save()
@@ -320,14 +327,29 @@ class Run:
 
     def _open(self, resume: bool, model: dict[str, Any]) -> None:
         """Goes on with the run in the folder, or starts one."""
+        lacking = missing(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        before = set(self.folder.iterdir())
         if self._started(model):
+            self._begun = before, lacking
             return
         if not resume:
             raise RunError(f"{shown(self.folder)} holds a run already.")
         known = dataclasses.asdict(read(self.folder))
         if different := self.settings.differences(known, model):
             raise RunError(f"{shown(self.folder)} holds another run: {'; '.join(different)}.")
+
+    def _take_back(self) -> None:
+        """Leaves nothing of a run that has failed before its first checkpoint.
+
+        It would stand in the way of the same command, put right.
+        """
+        if self._begun is None or self._checkpoint.exists():
+            return
+        before, lacking = self._begun
+        for path in set(self.folder.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_empty(lacking)
 
     def _started(self, model: dict[str, Any]) -> bool:
         """Writes `run.json`, unless there is one; returns whether it did."""
