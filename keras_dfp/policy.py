@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import types
 import warnings
@@ -323,17 +324,46 @@ ops.default_format = _global_format
 # Not `__new__`: a class that ever had one of its own cannot return to object's.
 @replaces(keras.DTypePolicy, "__init__", "self name")
 def _made_by_name(original):
-    """Lets `keras.DTypePolicy("dfp16")`, hence every name given to Keras, be a DFPPolicy."""
+    """Lets `keras.DTypePolicy("dfp16")`, hence every name given to Keras, be a DFPPolicy.
+
+    Of a name that is nearly one, Keras's error tells what it might have been.
+    """
 
     @functools.wraps(original)
     def init(self, name=None):
         if type(self) is keras.DTypePolicy and name in NAMES:
             self.__class__ = DFPPolicy
             self.__init__(name)
-        else:
+            return
+        with _hinted(name):
             original(self, name)
 
     return init
+
+
+@contextlib.contextmanager
+def _hinted(name) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if hint := _hint(name):
+            raise ValueError(f"{error} {hint}") from error
+        raise
+
+
+def _hint(name: str | None) -> str:
+    """Returns what is right in place of a name that was meant as one of ours; or `""`."""
+    own, colon, _ = (name or "").lower().strip().partition(":")
+    close = difflib.get_close_matches(own, NAMES, n=1, cutoff=0.8)
+    if "dfp" not in own and not close:
+        return ""
+    if colon:
+        return (
+            "Those of keras_dfp take no options in their name; in Python, give them to "
+            "keras_dfp.DFPPolicy('dfp16', mantissa_bits=12)."
+        )
+    meant = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{meant}Those of keras_dfp are {' and '.join(map(repr, NAMES))}."
 
 
 @replaces(internals.dtype_policy, "_get_quantized_dtype_policy_by_str", "policy")
@@ -355,7 +385,8 @@ def _quantized_from_float32(original):
     def init(self, mode, source_name=None):
         if source_name is None and isinstance(keras.config.dtype_policy(), DFPPolicy):
             source_name = "float32"
-        original(self, mode, "float32" if source_name in NAMES else source_name)
+        with _hinted(source_name):
+            original(self, mode, "float32" if source_name in NAMES else source_name)
 
     return init
 

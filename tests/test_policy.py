@@ -350,6 +350,37 @@ def test_a_dfp_policy_inside_keras_own_policy_map():
 # ----------------------------------------------------------------------------------- saving
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("dfp17", "Did you mean 'dfp16'? Those of keras_dfp are 'dfp16' and 'dfp16_paper'."),
+        ("dpf16", "Did you mean 'dfp16'?"),
+        ("DFP16-Paper", "Did you mean 'dfp16_paper'?"),
+        ("mixed_dfp", "Those of keras_dfp are 'dfp16' and 'dfp16_paper'."),
+        ("int8_from_dfp17", "Did you mean 'dfp16'?"),
+        ("dfp16:fused=false", "give them to keras_dfp.DFPPolicy('dfp16', mantissa_bits=12)."),
+        ("float17", ""),
+        ("bf16", ""),
+    ],
+)
+def test_a_name_that_is_nearly_ours_says_what_is_right(name, hint):
+    with pytest.raises(ValueError) as stock:
+        keras.DTypePolicy("float17")
+    expected = str(stock.value).replace("float17", name.removeprefix("int8_from_"))
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    for use in (
+        keras.config.set_dtype_policy,
+        lambda name: layers.Dense(1, dtype=name),
+        lambda name: keras_dfp.set_model_policy(model, name),
+        lambda name: keras_dfp.zoo.load("lenet", policy=name),
+        lambda name: DFPPolicy(overrides={"head": name}),
+    ):
+        with pytest.raises(ValueError) as error:
+            use(name)
+        assert str(error.value).startswith(expected)
+        assert (hint in str(error.value)) if hint else (str(error.value) == expected)
+
+
 def save_and_load(model, tmp_path):
     model.save(tmp_path / "model.keras")
     return keras.models.load_model(tmp_path / "model.keras")
