@@ -88,6 +88,7 @@ current_path = find("keras.src.backend.common.name_scope:current_path")
 image = find("keras.src.ops.image")
 serialization_lib = find("keras.src.saving.serialization_lib")
 saving_lib = find("keras.src.saving.saving_lib")
+KerasSaveable = find("keras.src.saving.keras_saveable:KerasSaveable")
 # What `save` and `load_model` call to turn a model into its config and back.
 write_config = find(
     "keras.src.saving.saving_lib:_serialize_model_as_json",

@@ -51,7 +51,8 @@ def set_model_policy(model: keras.Model, policy: str | dtype_policies.DTypePolic
     >>> keras_dfp.set_model_policy(model, "dfp16")
     """
     check_model("set_model_policy", model)
-    policy = dtype_policies.get(with_plugin(policy))
+    if policy is not None:  # which Keras takes for the global one
+        policy = dtype_policies.get(with_plugin(policy))
     if not isinstance(policy, DFPPolicy) and policy != keras.DTypePolicy("float32"):
         raise ValueError(
             f"set_model_policy: policy must be a DFPPolicy or 'float32'; got {policy!r}."

@@ -5,6 +5,8 @@ their dtypes: Keras makes them under the policy that happens to be set when the 
 whatever Keras serializes, a model or a layer, is given a record of such policies beside its config,
 if it has a DFPPolicy anywhere; a Keras without this package skips it. It is loaded under the first
 policy of the record, and then its layers get what they had.
+
+A pickle is such a file, which worker processes may load that have not imported this package.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import contextlib
 import functools
 import threading
 import warnings
+import zipfile
 
 import keras
 from keras import dtype_policies
 
 from keras_dfp import internals
 from keras_dfp.backend.registry import replaces
-from keras_dfp.internals import saving_lib, serialization_lib
+from keras_dfp.internals import KerasSaveable, saving_lib, serialization_lib
 from keras_dfp.model_policy import layers_in_order, settle
 from keras_dfp.policy import DFPPolicy, policy_scope
 
@@ -113,6 +116,25 @@ def _load_file(original):
             return load_record(config, *args, **kwargs)
 
     return deserialize_keras_object
+
+
+@replaces(KerasSaveable, "__reduce__", "self")
+def _import_first(original):
+    """Lets a process that unpickles a model import this package, if the model needs it."""
+
+    @functools.wraps(original)
+    def reduce(self):
+        load, (file,) = original(self)
+        with zipfile.ZipFile(file) as archive:
+            needed = b"keras_dfp" in archive.read("config.json")
+        return (_load_with_plugin, (load, file)) if needed else (load, (file,))
+
+    return reduce
+
+
+def _load_with_plugin(load, file):
+    """Is found here, when a model is unpickled: so the package is there that has to be."""
+    return load(file)
 
 
 def _give_back(root, policies, places) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -495,6 +496,8 @@ def test_set_model_policy_leaves_other_dtypes_alone():
 
 
 def test_set_model_policy_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="must be a DFPPolicy or 'float32'; got None"):
+        keras_dfp.set_model_policy(small_cnn(), None)
     with pytest.raises(ValueError, match="must be a DFPPolicy or 'float32'; got <DTypePolicy"):
         keras_dfp.set_model_policy(small_cnn(), "mixed_bfloat16")
     with keras_dfp.policy_scope("float64"):
@@ -657,6 +660,22 @@ def test_policies_that_no_config_tells_come_back_as_saved(way, later, tmp_path):
     if way in ("file", "deepcopy"):
         np.testing.assert_array_equal(other(x), model(x))
         other.fit(x, x[:, :2], verbose=0)
+
+
+@pytest.mark.slow
+def test_a_process_that_unpickles_a_model_needs_no_import(tmp_path):
+    x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype("float32")
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).layers[0].dtype_policy)"
+    for policy in ("dfp16", "float32"):
+        model = small_cnn(dtype=policy)
+        pickled = pickle.dumps(model)
+        assert (b"keras_dfp" in pickled) == (policy == "dfp16")
+        np.testing.assert_array_equal(pickle.loads(pickled)(x), model(x))
+        if policy == "dfp16":
+            told = subprocess.run(
+                [sys.executable, "-c", code], input=pickled, stdout=subprocess.PIPE
+            )
+            assert told.stdout.decode().strip() == "DFPPolicy('dfp16')"
 
 
 def test_a_float32_file_comes_back_float32(tmp_path):
