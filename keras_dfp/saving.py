@@ -118,6 +118,23 @@ def _load_file(original):
     return deserialize_keras_object
 
 
+@replaces(keras.layers.Layer, "__new__", "cls args kwargs")
+def _record_dtype_by_name(original):
+    """Lets a layer without `get_config` be saved although it is given a DFPPolicy.
+
+    As it is by `from_config`. Keras keeps the arguments of such a layer for its config, if all are
+    numbers and strings; the `dtype` in it `Layer.get_config` replaces by the policy itself.
+    """
+
+    @functools.wraps(original)
+    def new(cls, *args, **kwargs):
+        if isinstance(kwargs.get("dtype"), DFPPolicy):
+            kwargs["dtype"] = kwargs["dtype"].name
+        return original(cls, *args, **kwargs)
+
+    return staticmethod(new)
+
+
 @replaces(KerasSaveable, "__reduce__", "self")
 def _import_first(original):
     """Lets a process that unpickles a model import this package, if the model needs it."""

@@ -616,6 +616,28 @@ def test_layers_made_in_build_come_back_as_they_were(tmp_path):
 
 
 @keras.saving.register_keras_serializable("test_policy")
+class WithoutConfig(layers.Layer):
+    def __init__(self, units=2, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], self.units))
+
+    def call(self, x):
+        return x @ self.kernel
+
+
+@pytest.mark.parametrize("policy", ["dfp16", DFPPolicy(mantissa_bits=10)], ids=str)
+def test_layers_without_get_config_are_saved_again_and_again(policy, tmp_path):
+    model = keras.Sequential([keras.Input((3,)), WithoutConfig(4, dtype=policy)])
+    for again in (save_and_load, lambda model, _: keras.models.clone_model(model), save_and_load):
+        model = again(model, tmp_path)
+        assert model.layers[0].units == 4
+        assert model.layers[0].dtype_policy == keras.dtype_policies.get(policy)
+
+
+@keras.saving.register_keras_serializable("test_policy")
 class TellsNoDtypes(keras.Model):
     def __init__(self, units=3):
         super().__init__()
