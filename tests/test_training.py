@@ -780,7 +780,7 @@ def test_weights_that_are_not_the_network_s(tmp_path):
     other.save(tmp_path / "other.keras")
     (tmp_path / "broken.keras").write_text("garbage")
     for name, message in (
-        ("other.keras", "none that fit, for its layer 'conv2d"),
+        ("other.keras", "none that fit, or NaN or infinity, for its layer 'conv2d"),
         ("broken.keras", "cannot be read"),
         ("nowhere.keras", "No such file"),
     ):

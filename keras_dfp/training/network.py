@@ -126,8 +126,8 @@ def start_from(weights: str, model: keras.Model, settings: Settings) -> bool:
         else:
             raise RunError(
                 f"{settings.network} cannot start from the weights {shown(weights)!r}: they hold "
-                f"none, or none that fit, for its layer {layer.name!r}; only those of the "
-                "classifier may be missing, or for other classes."
+                f"none, none that fit, or NaN or infinity, for its layer {layer.name!r}; only "
+                "those of the classifier may be missing, or for other classes."
             )
     return is_new
 

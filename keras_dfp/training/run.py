@@ -340,11 +340,11 @@ class Run:
             raise RunError(f"{shown(self.folder)} holds another run: {'; '.join(different)}.")
 
     def _take_back(self) -> None:
-        """Leaves nothing of a run that has failed before its first checkpoint.
+        """Leaves nothing of a run that has failed in its first step.
 
         It would stand in the way of the same command, put right.
         """
-        if self._begun is None or self._checkpoint.exists():
+        if self._begun is None or self.progress.step or self._checkpoint.exists():
             return
         before, lacking = self._begun
         for path in set(self.folder.iterdir()) - before:
