@@ -606,6 +606,40 @@ def test_fit_where_only_python_knows_a_shape(make, shape):
         np.testing.assert_array_equal(ours, known)
 
 
+def conv(x, w):
+    return keras.ops.conv(x, w, 1, "valid", data_format="channels_last")
+
+
+@pytest.mark.parametrize(
+    "operation, x_shape, w_shape, rank",
+    [
+        (keras.ops.matmul, (3, 4), (4, 2), None),
+        (lambda x, w: x @ w, (3, 4), (4, 2), None),
+        (lambda x, w: keras.ops.tensordot(x, w, 1), (3, 4), (4, 2), None),
+        (lambda x, w: keras.ops.einsum("...b,bc->...c", x, w), (3, 4), (4, 2), None),
+        (lambda x, w: conv(w, x), (3, 3, 2, 4), (2, 5, 5, 2), 4),
+    ],
+    ids=["matmul", "operator", "tensordot", "einsum", "kernel"],
+)
+def test_what_nobody_knows_the_shape_of_is_left_to_keras(operation, x_shape, w_shape, rank):
+    class Multiplies(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=w_shape)
+
+        def call(self, x):
+            x = tf.numpy_function(lambda x: x, [x], tf.float32)
+            x.set_shape(None if rank is None else [None] * rank)
+            return operation(x, self.w)
+
+    x = normal(*x_shape)
+    layer = Multiplies(dtype="dfp16")
+    layer.build(x_shape)
+    with recording.record() as products:
+        y = tf.function(layer)(x)
+    np.testing.assert_allclose(y, operation(tf.constant(x), layer.w), rtol=1e-6)
+    assert "is not known; set_shape tells it" in products[0].decision.reason
+
+
 def test_keras_dfp_ops_take_the_global_format():
     with keras_dfp.policy_scope(DFPPolicy(mantissa_bits=9)):
         assert ops.current_format() == DFPFormat(9)

@@ -79,7 +79,7 @@ def _route(name: str, split, original):
         decision = decide(layer)
         if decision.format is not None:
             operands, again = split(*args, **kwargs)
-            decision = _check_operands(decision, operands)
+            decision = _check_operands(decision, name, operands)
         if decision.format is not None:
             outer = _is_outer(name, args, kwargs, operands)
             decision = in_scope(decision, layer, name, operands, outer)
@@ -129,8 +129,11 @@ def _is_outer(name: str, args, kwargs, operands) -> bool:
     return False
 
 
-def _check_operands(decision: Decision, operands) -> Decision:
-    """Leaves to stock Keras what is not float32: mixed precision, integers, sparse tensors."""
+def _check_operands(decision: Decision, name: str, operands) -> Decision:
+    """Leaves to stock Keras what is not float32: mixed precision, integers, sparse tensors.
+
+    And of which nothing is known while it is traced: what Python computes in a graph, for one.
+    """
     kinds = (tf.Tensor, tf.Variable, keras.Variable, np.ndarray)
     for operand in operands:
         if not isinstance(operand, kinds):
@@ -138,6 +141,10 @@ def _check_operands(decision: Decision, operands) -> Decision:
         dtype = keras.backend.standardize_dtype(operand.dtype)
         if dtype != "float32":
             return Decision(None, f"an operand is {dtype}")
+        if tf.TensorShape(operand.shape).rank is None:
+            return Decision(None, "the rank of an operand is not known; set_shape tells it")
+    if "conv" in name and any(None in kernel.shape[:-2] for kernel in operands[1:]):
+        return Decision(None, "the size of the kernel is not known; set_shape tells it")
     return decision
 
 
