@@ -94,7 +94,10 @@ write_config = find(
     "keras.src.saving.saving_lib:_serialize_model_as_json",
     "keras.src.saving.saving_lib:_save_model_to_fileobj",
 )
-read_config = find("keras.src.saving.saving_lib:_model_from_config")
+read_config = find(
+    "keras.src.saving.saving_lib:_model_from_config",
+    "keras.src.saving.saving_lib:_load_model_from_fileobj",
+)
 trainer = find("keras.src.trainers.trainer")
 tf_trainer = find("keras.src.backend.tensorflow.trainer")
 TFTrainer = find(
