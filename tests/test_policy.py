@@ -667,7 +667,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("later", ["dfp16_paper", "float16"])
+@pytest.mark.parametrize("later", ["float16", pytest.param("dfp16_paper", marks=pytest.mark.slow)])
 def test_policies_that_no_config_tells_come_back_as_saved(way, later, tmp_path):
     x = np.random.default_rng(0).standard_normal((4, 8)).astype("float32")
     with policy_scope(DFPPolicy(mantissa_bits=12)):
