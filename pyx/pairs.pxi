@@ -190,6 +190,13 @@ cdef void pairs_task(void* work, int64_t i, int thread) noexcept nogil:
         k0 += kc
 
 
+cdef inline bint lie_together(Gemm* g, int64_t row) noexcept nogil:
+    """Is a tile of A's rows from `row` on one of C's, too?"""
+    if g.position == NULL and not g.c.scattered:
+        return True
+    return row_of_c(g, row + g.mr - 1) - row_of_c(g, row) == g.mr - 1
+
+
 cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int64_t panel,
                          int64_t pairs, int64_t segment) noexcept nogil:
     cdef int64_t mr = g.mr, nr = g.nr, tiles = (block.mc + mr - 1) // mr
@@ -224,7 +231,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         tile.resume = not block.first
         tile.row_scale = block.row_scale + t * mr
         fast = is_fast(g, block, t * mr, panel * nr)
-        direct = fast and rows == mr and cols == nr and not g.c.scattered
+        direct = fast and rows == mr and cols == nr and lie_together(g, block.m0 + t * mr)
         tile.c = NULL
         tile.ldc = nr
         tile.stream = False
