@@ -214,6 +214,13 @@ def squeeze_excite(x):
     return layers.Add()([x, bn(conv(layers.Multiply()([x, s]), 8, 1))])
 
 
+def pooled(x):
+    x = layers.ZeroPadding2D(1)(relu(bn(conv(x, 8))))
+    x = bn(conv(layers.MaxPooling2D()(x), 8))
+    x = layers.Activation("swish")(layers.MaxPooling2D()(x))
+    return layers.MaxPooling2D()(relu(layers.BatchNormalization()(conv(x, 8), training=False)))
+
+
 def swishes(x):
     swish = layers.Activation("swish")
     x = swish(layers.Conv2D(8, 3, padding="same")(swish(x)))
@@ -426,6 +433,7 @@ BODIES = {
     "linear bottleneck": linear_bottleneck,
     "concatenation": dense_block,
     "swish": squeeze_excite,
+    "pooled": pooled,
     "swishes": swishes,
     "biases": plain,
     "dense": dense_layers,
@@ -593,6 +601,13 @@ def test_no_activation_is_left(name):
     # A pooling, and its gradient, read floats that the product has clipped.
     assert not {"Relu", "Relu6"} & set(found), found
     assert "Relu6Grad" not in found or name == "biases", found
+
+
+def test_what_was_pooled_is_not_kept():
+    found, _ = live_ops_of(pooled)
+    # Its padding, and its batch norm and ReLU: again in the backward pass.
+    assert (found["MaxPoolGrad"], found["Pad"]) == (3, 2), found
+    assert found["DfpNormalize"] == 4 + 3, found
 
 
 def test_swish_is_one_pass_with_batch_norm():
