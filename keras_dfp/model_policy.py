@@ -143,6 +143,41 @@ def settle(model: keras.Model) -> None:
         model.jit_compile = True
 
 
+@replaces(cloning, "_clone_sequential_model", "model clone_function input_tensors")
+def _clone_sequential_policy(original):
+    @functools.wraps(original)
+    def clone(model, *args, **kwargs):
+        new = original(model, *args, **kwargs)
+        _follow_all(new, model)
+        return new
+
+    return clone
+
+
+def _follow_all(clone: keras.Model, model: keras.Model) -> None:
+    """Gives layers inside a clone's layers the policies that no config tells.
+
+    Unless the layer around them is meant to have another one.
+    """
+    copies = {layer.name: layer for layer in clone.layers}
+    for layer in model.layers:
+        copy = copies.get(layer.name)
+        if copy is not None and copy.dtype_policy == layer.dtype_policy:
+            _follow(copy, layer)
+
+
+def _follow(copy: keras.layers.Layer, layer: keras.layers.Layer) -> None:
+    """Gives the layers inside a copy the policies of those inside of what it was copied from."""
+    inner, copies = list(layers_in_order(layer)), list(layers_in_order(copy))
+    if [type(each) for each in inner] != [type(each) for each in copies]:
+        return
+    for old, new in zip(inner, copies, strict=True):
+        policies = old.dtype_policy, new.dtype_policy
+        if old is not new and policies[0] != policies[1]:
+            if any(isinstance(policy, DFPPolicy) for policy in policies):
+                new.dtype_policy = old.dtype_policy
+
+
 @replaces(cloning, "_clone_functional_model", "model clone_function input_tensors ...")
 def _clone_functional_policy(original):
     """Gives a clone the policy of the model itself: its `keras.ops` nodes multiply under it."""
@@ -150,6 +185,7 @@ def _clone_functional_policy(original):
     @functools.wraps(original)
     def clone(model, *args, **kwargs):
         new = original(model, *args, **kwargs)
+        _follow_all(new, model)
         if isinstance(model.dtype_policy, DFPPolicy) or isinstance(new.dtype_policy, DFPPolicy):
             if new.dtype_policy != model.dtype_policy:
                 new.dtype_policy = model.dtype_policy

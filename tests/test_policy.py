@@ -684,6 +684,28 @@ def test_policies_that_no_config_tells_come_back_as_saved(way, later, tmp_path):
         other.fit(x, x[:, :2], verbose=0)
 
 
+@pytest.mark.parametrize("then, later", [("dfp16", "float32"), ("float32", "dfp16")])
+def test_clones_keep_the_policies_of_layers_in_layers(then, later):
+    with policy_scope(then):
+        inputs = keras.Input((8,))
+        model = keras.Model(inputs, keras.ops.relu(BuildsSublayers()(inputs)))
+        sequence = keras.Sequential([keras.Input((8,)), BuildsSublayers()])
+    with policy_scope(later):
+        for each in (model, sequence):
+            (block,) = (
+                layer
+                for layer in keras.models.clone_model(each).layers
+                if isinstance(layer, BuildsSublayers)
+            )
+            assert [policy.name for policy in policies(block)] == [then, then]
+
+        def changed(layer):
+            return type(layer).from_config({**layer.get_config(), "dtype": later})
+
+        clone = keras.models.clone_model(sequence, clone_function=changed)
+        assert clone.layers[0].inner.dtype_policy.name == later
+
+
 @pytest.mark.slow
 def test_a_process_that_unpickles_a_model_needs_no_import(tmp_path):
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype("float32")
