@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 import tensorflow as tf
 
 from keras_dfp.native import lib
+from keras_dfp.normalization import is_silu_gradient
 
 _CLIPS = {"Relu": "relu", "Relu6": "relu6"}
 # Ops that ask for a tensor's sizes and not for what is in it.
@@ -389,6 +390,7 @@ class _Rewriting:
             if padded:
                 again = tf.pad(again, pooled.op.inputs[1])
         again.set_shape(pooled.shape)
+        self._register(again.op)
         self._redirect(pooled, again, [(op, 0)])
 
     def _bounds(self, chain, how) -> list:
@@ -414,7 +416,7 @@ class _Rewriting:
         That is the result of a ReLU, and what comes before a SiLU.
         """
         for op in ops:
-            silu = _is_silu_gradient(op)
+            silu = is_silu_gradient(op) and op.get_attr("fused")
             if not silu and op.type not in _MASKS:
                 continue
             chain = _before_silu(op.inputs[1]) if silu else chain_of(op.inputs[1])
@@ -546,15 +548,6 @@ class _Rewriting:
 
 def _attrs_of(op) -> dict:
     return {a.name: op.get_attr(a.name) for a in op.op_def.attr}
-
-
-def _is_silu_gradient(op) -> bool:
-    """Tells whether an op is the gradient of a SiLU as `normalization` makes it."""
-    return (
-        op.type == "DfpNormalizeGradient"
-        and op.get_attr("fused")
-        and op.get_attr("activation") == b"silu"
-    )
 
 
 def _before_silu(x) -> Chain:

@@ -214,12 +214,13 @@ def _moments_gradient(op, dmean, dvariance, *_):
     return _through(op, (dmean, dvariance), formula)
 
 
-def _is_silu_gradient(op) -> bool:
-    """Tells whether an op is the gradient of a SiLU alone."""
+def is_silu_gradient(op: tf.Operation) -> bool:
+    """Tells whether an op is the gradient of a SiLU and nothing else, as float32."""
     return (
-        op.get_attr("activation") == b"silu"
+        op.type == "DfpNormalizeGradient"
+        and op.get_attr("activation") == b"silu"
         and op.get_attr("n_parts") == op.get_attr("n_mask_map") == 1
-        and not op.get_attr("n_norm")
+        and not (op.get_attr("n_norm") or op.get_attr("want_q"))
     )
 
 
@@ -250,7 +251,7 @@ def _sums_gradient(op, *gradients):
 
 @tf.RegisterGradient("DfpNormalizeGradient")
 def _gradient_gradient(op, ddx, *_):
-    if _is_silu_gradient(op):
+    if is_silu_gradient(op):
         return _through(op, [ddx], _silu_slope)
     _refuse_fused(op)
     epsilon = op.get_attr("epsilon")

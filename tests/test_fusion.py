@@ -1084,12 +1084,13 @@ def functions_of(model, training):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
-def test_exported_training_functions(training, tmp_path):
+@pytest.mark.parametrize("body", [some_of_all, swishes])
+def test_exported_training_functions(body, training, tmp_path):
     """Of a function with gradients in it, and of one that normalises by the batch."""
     results = []
     for fused in (True, False):
         module = tf.Module()
-        module.model = model = built(functional(some_of_all), fused=fused)
+        module.model = model = built(functional(body), fused=fused)
 
         call, gradient = functions_of(model, training)
         signature = [tf.TensorSpec((None, 8, 8, 3), tf.float32)]
