@@ -82,7 +82,7 @@ a layer and its gradient are
 where scale * r, T * r, b and c are computed in float64, from left to right, and so are the terms of
 T from the float32 x - mean. All NaN are one.
 
-**SiLU**, and its derivative, are float32 arithmetic too, with the constants of `silu`. For a = |v|,
+**SiLU**, and its derivative, are float32 arithmetic too, with c6 to c2 as in `_EXP`. For a = |v|,
 
     n = the integer nearest to a * 1.442695        x = (n * 0.693359375 - a) + n * -0.000212194442
     p = (((c6 * x + c5) * x + c4) * x + c3) * x + c2           t = (p * x * x + x + 1) * 2**-n

@@ -213,12 +213,14 @@ cdef void moments_of(const double* sums, int64_t n, int64_t pixels, float* mean,
 cdef bint exponents_of_bounds(Quantize* z, const float* bounds, int64_t n) noexcept nogil:
     """The exponents of a map of images whose channels lie within bounds, and whether they are sure:
     every step of a map is monotone, so its extremes are those of x, but for a SiLU, see below."""
-    cdef dfp_map m = z.map[0]
+    cdef dfp_map m = z.map[0], top
     cdef int64_t block, i, k, count, image
     cdef float space[COMPUTED]
     cdef float highest
     cdef uint32_t most
     m.silu = False
+    set_map(&top, &highest, 1, NULL, NULL, NULL, NULL, 0, NULL)
+    top.silu = True
     for image in range(z.groups):
         most = 0
         highest = -INFINITY
@@ -232,10 +234,7 @@ cdef bint exponents_of_bounds(Quantize* z, const float* bounds, int64_t n) noexc
             for k in range(count if z.map.silu else 0):
                 highest = max(highest, space[k])
         if z.map.silu and most < 0x7f800000u:
-            m.x, m.residual, m.offset, m.center, m.silu = &highest, NULL, NULL, NULL, True
-            kernel.map(&m, 0, 1, space)
-            m = z.map[0]
-            m.silu = False
+            kernel.map(&top, 0, 1, space)
             most = kernel.absmax_bits(space, 1)
             if space[0] < SILU_LEAST or floor_log2(most) != floor_log2(most + SILU_ERROR):
                 return False

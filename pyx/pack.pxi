@@ -71,7 +71,7 @@ cdef struct Place:
 
 cdef enum:
     MAX_NR = 64
-    MAX_MR = 32
+    INTERLEAVED = 32        # elements at a time
     SHORT_ROW = 16          # positions
 
 cdef int16_t zero_row[MAX_NR]
@@ -327,15 +327,18 @@ cdef inline int64_t reach(const Window* v, int dim) noexcept nogil:
     return (v.taps[dim] - 1) * v.tap_step[dim]
 
 
+cdef inline bint windows_touch(const Window* v, int dim, int64_t most) noexcept nogil:
+    """Or overlap, with at most so many pixels from the first tap to the last?"""
+    return v.step[dim] <= reach(v, dim) + 1 and reach(v, dim) <= most
+
+
 cdef inline bint taps_share(const Window* v) noexcept nogil:
     """Does that pay? Few pixels may lie between windows, or between taps; half a pair is lost at
     the end of a row of odd length, and short runs are slow."""
-    cdef int i
-    for i in range(1, 3):
-        if v.step[i] > reach(v, i) + 1 or reach(v, i) > max(2 * v.taps[i], v.positions[i]):
-            return False
-    return in_plane(v) and (v.positions[2] % 2 == 0 or v.positions[2] >= SHORT_ROW
-                            or v.channels % kernel.mr != 0)
+    return (in_plane(v) and windows_touch(v, 1, max(2 * v.taps[1], v.positions[1]))
+            and windows_touch(v, 2, max(2 * v.taps[2], v.positions[2]))
+            and (v.positions[2] % 2 == 0 or v.positions[2] >= SHORT_ROW
+                 or v.channels % kernel.mr != 0))
 
 
 cdef inline int64_t pixels_met(const Window* v, int dim, int64_t positions) noexcept nogil:
@@ -351,7 +354,7 @@ cdef inline int64_t pitch_of(int64_t channels) noexcept nogil:
 
 cdef inline int64_t line_of(const Window* v, int64_t positions, int64_t pitch) noexcept nogil:
     """Pairs of a row of pixels that so many positions, an even number, meet."""
-    return round_up((pixels_met(v, 2, positions) - v.step[2]) * pitch, MAX_MR)
+    return round_up((pixels_met(v, 2, positions) - v.step[2]) * pitch, INTERLEAVED)
 
 
 cdef int64_t taps_block_bytes(const ASource* a, int64_t mb, int64_t kb) noexcept nogil:
@@ -408,7 +411,7 @@ cdef void pack_taps_t(const ASource* a, const int16_t* image, int64_t m0, int64_
             copy_row(v, image + c, &at, row, pixels_met(v, 2, width), channels, pitch,
                      pairs + 2 * line)
             kernel.interleave(pairs + 2 * line, pairs + 2 * line + v.step[2] * pitch, 0, 1, line,
-                              MAX_MR, 2 * MAX_MR, pairs)
+                              INTERLEAVED, 2 * INTERLEAVED, pairs)
             pairs += 2 * line
         i += n
 
@@ -419,9 +422,8 @@ cdef void pack_taps_t(const ASource* a, const int16_t* image, int64_t m0, int64_
 
 cdef inline bint windows_overlap(const Window* v) noexcept nogil:
     """Or touch, and few pixels lie between their taps."""
-    return (in_plane(v)
-            and v.step[1] <= reach(v, 1) + 1 and reach(v, 1) <= 2 * v.taps[1]
-            and v.step[2] <= reach(v, 2) + 1 and reach(v, 2) <= 2 * v.taps[2])
+    return (in_plane(v) and windows_touch(v, 1, 2 * v.taps[1])
+            and windows_touch(v, 2, 2 * v.taps[2]))
 
 
 cdef inline int64_t run_taps(const Window* v) noexcept nogil:

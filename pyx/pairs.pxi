@@ -231,11 +231,12 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         tile.resume = not block.first
         tile.row_scale = block.row_scale + t * mr
         fast = is_fast(g, block, t * mr, panel * nr)
-        direct = fast and rows == mr and cols == nr and lie_together(g, block.m0 + t * mr)
+        direct = (block.last and fast and rows == mr and cols == nr
+                  and lie_together(g, block.m0 + t * mr))
         tile.c = NULL
         tile.ldc = nr
         tile.stream = False
-        if block.last and direct:
+        if direct:
             tile.c = block.c + row_of_c(g, block.m0 + t * mr) * g.c.ld + block.n0 + panel * nr
             tile.ldc = g.c.ld
             tile.stream = g.stream

@@ -97,9 +97,9 @@ enum { DFP_CAT(NO_MASK__, ISA), DFP_CAT(MASK_X__, ISA), DFP_CAT(MASK_BIAS__, ISA
        DFP_CAT(MASK_NORM__, ISA), DFP_CAT(MASK_SELF__, ISA) };
 enum { DFP_CAT(NO_NORM__, ISA), DFP_CAT(FIXED_NORM__, ISA), DFP_CAT(FULL_NORM__, ISA) };
 
-/* p + q, or p alone, times the mask or a SiLU's slope, and through batch norm. (Two pixels at a time would load what
- * is a channel's once for both, and take twice as long where rows of one page are read side by
- * side.) */
+/* p + q, or p alone, times the mask or a SiLU's slope, and through batch norm. (Two pixels at a time
+ * would load what is a channel's once for both, and take twice as long where rows of one page are
+ * read side by side.) */
 TARGET static inline __attribute__((always_inline)) void DFP_CAT(gradient_loop__, ISA)(
     const dfp_gradient *g, const float *p, const float *q, int64_t first, int64_t count, float *y,
     const int mask, const int norm, const int silu) {
