@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -27,22 +26,6 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_dfp import float32
-
-
-@contextlib.contextmanager
-def _passive_waiting():
-    """Lets OpenMP's idle threads sleep: spinning ones would steal the CPU from TensorFlow's.
-
-    libgomp reads its environment once, when it is loaded; nothing is left behind for others.
-    """
-    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        yield
-        return
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    try:
-        yield
-    finally:
-        del os.environ["OMP_WAIT_POLICY"]
 
 
 def _load():
@@ -53,8 +36,7 @@ def _load():
             "with `pip install .`, or run `python setup.py build_ext --inplace` in a clone."
         )
     try:
-        with _passive_waiting():
-            library = tf.load_op_library(spec.origin)
+        library = tf.load_op_library(spec.origin)
     except tf.errors.OpError as error:
         raise ImportError(
             f"TensorFlow {tf.__version__} cannot load keras_dfp's compiled extension "

@@ -26,7 +26,7 @@ from the machine up:
 import os
 import time
 
-from cython.parallel cimport parallel, prange
+from cython.parallel cimport parallel
 from libc.math cimport INFINITY, NAN, ldexp, sqrt
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -94,7 +94,7 @@ cdef bint register_all() noexcept nogil:
 cdef void on_load "dfp_on_load"() noexcept nogil:
     global registered
     choose_kernel(NULL)
-    dfp_watch_forks()
+    dfp_open_team(open_region)
     dfp_watch_losses()
     if load_api():
         registered = register_all()

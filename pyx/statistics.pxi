@@ -43,16 +43,9 @@ cdef extern from *:
         }
         for (int j = 0; j < DFP_LANES; j++) sums[0] += signal[j], sums[1] += noise[j];
     }
-
-    static int64_t dfp_now(void) {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-    }
     """
     void dfp_noise(const float* x, const int16_t* q, int64_t n, double scale,
                    double* sums) noexcept nogil
-    int64_t dfp_now() noexcept nogil
 
 
 cdef void measure_task(void* work, int64_t i, int thread) noexcept nogil:

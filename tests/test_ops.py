@@ -4,7 +4,6 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import itertools
-import os
 import resource
 import weakref
 from typing import NamedTuple
@@ -1349,17 +1348,6 @@ def test_a_missing_or_broken_extension_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ImportError, match="cannot load.*_native.so"):
         native._load()
-
-
-def test_loading_leaves_the_environment_as_it_was(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    with native._passive_waiting():
-        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert "OMP_WAIT_POLICY" not in os.environ
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    with native._passive_waiting():
-        assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_gradient_of_unknown_rank():
