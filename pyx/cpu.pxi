@@ -7,6 +7,7 @@ cdef extern from "microkernels/table.h" nogil:
         const int64_t* starts
         const int64_t* runs
         int64_t run
+        const int16_t* soon
         const int16_t* b
         int64_t pairs, segment, chain
         bint resume

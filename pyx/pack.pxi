@@ -72,6 +72,7 @@ cdef struct Place:
 cdef enum:
     MAX_NR = 64
     INTERLEAVED = 32        # elements at a time
+    LINE_PAIRS = 16         # of 64 bytes
     SHORT_ROW = 16          # positions
 
 cdef int16_t zero_row[MAX_NR]
@@ -606,6 +607,26 @@ cdef inline const int16_t* b_row(BSource* s, const int16_t* data, int64_t k) noe
     return data + ((d * s.size[1] + h) * s.size[2] + w) * s.tap_stride + c * s.k_stride
 
 
+cdef extern from *:
+    void prefetch "__builtin_prefetch"(const void*) noexcept nogil
+
+
+cdef inline void pack_pairs(const int16_t* from_, int64_t step, int64_t pairs, int64_t nc,
+                            int64_t nr, int16_t* to) noexcept nogil:
+    """Pairs that lie side by side, columns so far apart: a line of the cache of each at a time,
+    since a power of two apart they share few sets."""
+    cdef int64_t k = 0, i, j, end
+    if nc < nr:
+        zero_s16(to, pairs * 2 * nr)
+    while k < pairs:
+        end = min(k + LINE_PAIRS, pairs)
+        for i in range(nc):
+            prefetch(from_ + i * step + 2 * end)
+            for j in range(k, end):
+                memcpy(to + 2 * (j * nr + i), from_ + i * step + 2 * j, 4)
+        k = end
+
+
 cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, int64_t nr,
                        int64_t k0, int64_t kc, int16_t* to) noexcept nogil:
     """Packs columns n0 .. n0 + nc, products k0 .. k0 + kc as [pairs][nr][2], zeros beyond."""
@@ -622,11 +643,9 @@ cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, 
                 pairs = max(min(kc - k, s.channels - (k0 + k) % s.padded) // 2, pairs)
             kernel.interleave(p + n0 if p != NULL else zero_row, q + n0 if q != NULL else zero_row,
                               2 * s.k_stride, pairs, nc, <int>nr, 0, to)
-        elif q == p + 1 and nc == nr:
-            # Pairs lie side by side: copy them as one.
-            p += n0 * s.n_stride
-            for i in range(nr):
-                memcpy(to + i * 2, p + i * s.n_stride, 4)
+        elif q != NULL and q == p + 1:
+            pairs = max(min(kc - k, s.channels - (k0 + k) % s.padded) // 2, pairs)
+            pack_pairs(p + n0 * s.n_stride, s.n_stride, pairs, nc, nr, to)
         else:
             for i in range(nr):
                 n = (n0 + i) * s.n_stride

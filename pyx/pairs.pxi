@@ -201,7 +201,7 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
                          int64_t pairs, int64_t segment) noexcept nogil:
     cdef int64_t mr = g.mr, nr = g.nr, tiles = (block.mc + mr - 1) // mr
     cdef int64_t t, rows, cols = min(nr, block.nc - panel * nr)
-    cdef bint direct, fast
+    cdef bint direct, fast, in_line = a.starts == NULL and a.row_stride == 2 * pairs
     cdef char* acc
     cdef const Runs* met
     cdef dfp_tile tile
@@ -220,6 +220,9 @@ cdef void multiply_panel(Gemm* g, Block* block, ABlock* a, const int16_t* b, int
         rows = min(mr, block.mc - t * mr)
         acc = block.acc + ((panel * (g.mb // mr) + t) * g.tile_bytes if g.carry else 0)
         tile.a = a.data + t * a.tile_stride
+        # Rows that lie where the data has them come from memory at first: those of the next tile
+        # but one are fetched meanwhile. Otherwise what is there already.
+        tile.soon = tile.a + 2 * a.tile_stride if in_line and panel == 0 else b
         if a.starts != NULL:
             tile.starts = a.starts + t * mr
             met = a.met + t

@@ -9,6 +9,8 @@
  *        Where there are `runs` (exact mode only), pairs lie in runs of `run`, the last one perhaps
  *        shorter: pair p at runs[p / run] + p % run * pair_stride. Where there are `starts`, row i
  *        begins at a + starts[i] in place of i * row_stride.
+ *        A microkernel may prefetch from `soon`, 2 * mr elements with every pair: what a later one
+ *        reads.
  *   B    panel [pairs][nr][2], aligned to 4 * nr bytes (64 at most), zeros where K is odd or
  *        columns are missing.
  *   K    `pairs` is a multiple of `segment`; chains restart at every segment (kernel positions in
@@ -40,6 +42,7 @@ typedef struct {
     const int64_t *starts; /* or NULL */
     const int64_t *runs; /* or NULL */
     int64_t run;
+    const int16_t *soon;
     const int16_t *b;
     int64_t pairs, segment, chain;
     int resume;

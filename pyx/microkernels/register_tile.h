@@ -13,12 +13,14 @@
             UNROLL for (int j = 0; j < TILE_NV; j++)                             \
                 V_DOT(acc[i][j], av, bv[j]);                                     \
         }                                                                        \
+        __builtin_prefetch(soon, 0, 3);                                          \
+        soon += 2 * MR;                                                          \
         b += 2 * NR;                                                             \
         at += t->pair_stride;                                                    \
     }
 
 #define OPEN_TILE                                                                \
-    const int16_t *a[MR], *b = t->b;                                             \
+    const int16_t *a[MR], *b = t->b, *soon = t->soon;                            \
     int64_t at = 0;                                                              \
     UNROLL for (int i = 0; i < MR; i++) {                                        \
         const int64_t row = i < t->rows ? i : t->rows - 1;                       \

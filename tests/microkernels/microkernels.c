@@ -224,7 +224,7 @@ static void fill_operands(dfp_tile *t, int64_t pairs, enum data kind, int qa, in
             runs[r] = between(0, pairs - t->run) * t->pair_stride;
         t->runs = runs;
     }
-    t->b = b_space;
+    t->b = t->soon = b_space;
     for (int64_t i = 0; i < pairs * nr * 2; i++) b_space[i] = mantissa(kind, qb);
 }
 
