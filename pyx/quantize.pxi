@@ -5,7 +5,8 @@
 # or too few for all threads, it takes pieces: all are read first, then all are written.
 #
 # What is quantized need not lie in memory: it may be computed as it is read, block by block in the
-# nearest cache, by a map or a gradient of channels.pxi; the floats may be kept besides.
+# nearest cache, by a map or a gradient of channels.pxi. The floats may be kept besides; else a task
+# keeps those of a group, and pieces are computed twice.
 
 cdef enum Rounding:
     NEAREST
@@ -26,6 +27,8 @@ cdef struct Quantize:
     const dfp_map* map
     const dfp_gradient* gradient
     float* kept                 # where what is computed is written besides, or NULL
+    float* space                # or where a thread of so many keeps that of a group, or NULL
+    int threads
     uint8_t* positive           # and whether it is positive, as by dfp_kernel.positive_bits
     double* partial             # and its sums, if groups are images of `channels`: for every
     int64_t channels            # SUM_PIXELS pixels, see channels.pxi
@@ -180,6 +183,7 @@ cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef int64_t first = i * z.block, count = min(z.groups - first, z.block), g
     cdef int64_t end = first + count, part
     cdef bint suspect
+    cdef Quantize mine
     if 0 < z.n <= DFP_SHORT and z.partial == NULL:
         while first < end:
             part = end - first
@@ -188,10 +192,13 @@ cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
             short_groups(z, first, part)
             first += part
     else:
+        mine = z[0]
         for g in range(first, end):
+            if z.space != NULL:
+                mine.kept = z.space + (thread - g) * z.n
             if not z.trusted:
-                z.e[g] = exponent_of(z, g, largest(z, g * z.n, z.n))
-            suspect = round_and_watch(z, g, 0, z.n, z.stream)
+                z.e[g] = exponent_of(z, g, largest(&mine, g * z.n, z.n))
+            suspect = round_and_watch(&mine, g, 0, z.n, z.stream)
             if suspect or z.counting:
                 look_closer(z, g)
 
@@ -341,7 +348,7 @@ cdef inline bint in_pieces(const Quantize* z) noexcept nogil:
 cdef void quantize(Quantize* z) noexcept nogil:
     """Fills z.q and z.e; z.group_counts, if it is needed, is room for its counts. Exponents that
     are `trusted` are in z.e already; nothing is kept then."""
-    cdef int threads = team_size()
+    cdef int threads = z.threads if z.space != NULL else team_size()
     cdef int64_t g, total = z.groups * z.n
     memset(z.counts, 0, sizeof(z.counts))
     z.worst = 0

@@ -855,9 +855,9 @@ def test_policies_start_from_equal_weights_and_see_equal_batches(tmp_path):
         run = comparison.start(settings, name, 5, tmp_path, settings.find_data())
         seen.append([variable.numpy() for variable in run.model.variables])
 
-        def step(images, labels, arrays=seen[-1], train_step=run._train_step):
+        def step(images, labels, note, arrays=seen[-1], train_step=run._train_step):
             arrays += [images.numpy(), labels.numpy()]
-            return train_step(images, labels)
+            return train_step(images, labels, note)
 
         run._train_step = step
         run.train()

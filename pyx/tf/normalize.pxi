@@ -286,7 +286,11 @@ cdef void write_computed(Call* c, NormalizeAttrs* a, const Shape* shape, Quantiz
         return
     if bounds != NULL and z.n:
         z.trusted = exponents_of_bounds(z, bounds, shape.dim[shape.rank - 1])
-    quantize_and_tell(t, z, shape)
+    if z.kept == NULL and not z.by_pieces and not z.trusted and z.n > DFP_SHORT:
+        z.threads = team_size()
+        z.space = <float*>get_scratch(c, z.threads * z.n * sizeof(float))
+    if ok(c):
+        quantize_and_tell(t, z, shape)
 
 
 cdef void normalize_compute(void* attrs, TF_OpKernelContext* context) noexcept nogil:
