@@ -7,11 +7,11 @@
  *
  *   - A job is tasks 0 .. n - 1, which its owner and the workers that join take one by one. The
  *     owner waits for workers that are inside at the end, never for one that has not come.
- *   - No more threads work at once than the team has, owners and workers together: a worker joins
- *     where one is missing, and leaves after its task where an owner has come that is one too many.
+ *   - A worker joins while fewer threads have a job, owners and workers together, than the team has
+ *     threads, and leaves after its task where an owner has come that is one too many.
  *   - A worker without a job watches for the next one before it sleeps: most ops are followed by
  *     another one at once. A job wakes two workers, and each of these two more, as far as needed.
- *   - Two threads that work do not share a CPU while one is idle.
+ *   - A thread that begins a task on a CPU where another one works moves to one where none does.
  *
  * ResNet-20's step took 164 ms on 2 cores with a region a job, 136 so; 143 without the last point,
  * 139 without watching.
@@ -31,6 +31,7 @@
 enum {
     DFP_MOST_THREADS = 1024,
     DFP_PATIENCE = 100000, /* nanoseconds of watching; to wake a thread takes about 50000 */
+    DFP_STAY = 100000000,  /* without moves, after one that took longer than that */
 };
 
 typedef void (*dfp_task)(void *work, int64_t index, int thread);
@@ -52,7 +53,7 @@ typedef struct dfp_job {
 static struct {
     pthread_mutex_t lock; /* for all below */
     dfp_job *jobs;  /* that may have tasks left, the oldest first */
-    int running;    /* threads at work */
+    int running __attribute__((aligned(64))); /* threads that have a job */
     int waiting;    /* workers that watch, or are about to: woken, but not yet awake */
     int size;       /* threads, with an owner: the workers are 1 .. size - 1 */
     unsigned calls; /* a job came, or a thread became free for one */
@@ -104,9 +105,9 @@ static inline void dfp_pause(void) {
 #endif
 }
 
-/* Waits for `changed`, but not for long. */
-#define DFP_WATCH(changed)                                                       \
-    for (const int64_t end = dfp_now() + DFP_PATIENCE; !(changed) && dfp_now() < end;) \
+/* Waits for `changed` until `end`. */
+#define DFP_WATCH(changed, end)                                                  \
+    while (!(changed) && dfp_now() < (end))                                      \
         for (int i = 0; i < 32 && !(changed); i++) dfp_pause()
 
 static inline int64_t dfp_now(void) {
@@ -154,25 +155,41 @@ static int dfp_number(dfp_job *job) {
 /* On every CPU, the thread that began a task there and has not ended its work. */
 static const void *dfp_taken[CPU_SETSIZE];
 
+/* Moves the calling thread to a CPU that none has, if there is one. Where other processes keep that
+ * busy, it returns late, and where the system forbids it, at once: then nobody moves for a while. */
+static void dfp_move(void) {
+    static int64_t stay;
+    cpu_set_t allowed, vacant, every, now;
+    const int64_t start = dfp_now();
+    if (start < DFP_READ(stay) || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    CPU_ZERO(&vacant);
+    for (int i = 0; i < CPU_SETSIZE; i++)
+        if (CPU_ISSET(i, &allowed) && !DFP_READ(dfp_taken[i])) CPU_SET(i, &vacant);
+    if (!CPU_COUNT(&vacant)) return;
+    if (!sched_setaffinity(0, sizeof vacant, &vacant)) {
+        /* Any CPU is what a thread may have that nobody has bound: CPUs of the process that come
+         * later are among them. */
+        memset(&every, 0xff, sizeof every);
+        sched_setaffinity(0, sizeof every, &every);
+        if (sched_getaffinity(0, sizeof now, &now) || !CPU_EQUAL(&now, &allowed))
+            sched_setaffinity(0, sizeof allowed, &allowed);
+        if (dfp_now() - start < DFP_PATIENCE) return;
+    }
+    DFP_WRITE(stay, dfp_now() + DFP_STAY);
+}
+
 /* The CPU that `me` has for itself from now on, or -1; `mine` is that of before. Linux lets threads
- * share a CPU for milliseconds while another one is idle: one that begins a task where another has
- * moves to a CPU that none has. */
+ * share a CPU for milliseconds while another one is idle. */
 static int dfp_take_cpu(const void *me, int mine) {
     const void *none = NULL;
     int cpu = sched_getcpu();
-    if (cpu == mine || cpu < 0 || cpu >= CPU_SETSIZE) return mine;
+    if (cpu == mine) return mine;
     if (mine >= 0) DFP_WRITE(dfp_taken[mine], NULL);
-    if (DFP_READ(dfp_taken[cpu])) {
-        cpu_set_t allowed, vacant;
-        int count = 0;
-        if (sched_getaffinity(0, sizeof allowed, &allowed)) return -1;
-        CPU_ZERO(&vacant);
-        for (int i = 0; i < CPU_SETSIZE; i++)
-            if (CPU_ISSET(i, &allowed) && !DFP_READ(dfp_taken[i])) count++, CPU_SET(i, &vacant);
-        if (!count || sched_setaffinity(0, sizeof vacant, &vacant)) return -1;
-        sched_setaffinity(0, sizeof allowed, &allowed);
+    if (cpu >= 0 && cpu < CPU_SETSIZE && DFP_READ(dfp_taken[cpu])) {
+        dfp_move();
         cpu = sched_getcpu();
     }
+    if (cpu < 0 || cpu >= CPU_SETSIZE) return -1;
     return __atomic_compare_exchange_n(&dfp_taken[cpu], &none, me, 0, __ATOMIC_RELAXED,
                                        __ATOMIC_RELAXED) ? cpu : -1;
 }
@@ -181,10 +198,11 @@ static int dfp_take_cpu(const void *me, int mine) {
 static void dfp_work(dfp_job *job, int thread) {
     const float_env outer = dfp_float_default();
     int cpu = -1;
-    while (!thread || DFP_READ(dfp_team.running) <= job->limit) {
+    while (DFP_READ(job->next) < job->n
+           && (!thread || DFP_READ(dfp_team.running) <= job->limit)) {
+        cpu = dfp_take_cpu(&cpu, cpu); /* it may take a while: without a task in hand */
         const int64_t i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (i >= job->n) break;
-        cpu = dfp_take_cpu(&cpu, cpu);
         job->task(job->work, i, thread);
     }
     if (cpu >= 0) DFP_WRITE(dfp_taken[cpu], NULL);
@@ -193,6 +211,7 @@ static void dfp_work(dfp_job *job, int thread) {
 
 /* A worker's whole life. */
 static void dfp_serve(int me) {
+    int64_t until = 0;
     pthread_mutex_lock(&dfp_team.lock);
     for (;;) {
         dfp_job *job = dfp_open_job();
@@ -208,13 +227,14 @@ static void dfp_serve(int me) {
             DFP_WRITE(job->inside, job->inside - 1);
             job->numbers[number / 64] &= ~((uint64_t)1 << number % 64);
             if (!job->inside) pthread_cond_signal(&job->left);
+            until = dfp_now() + DFP_PATIENCE;
             continue;
         }
-        if (dfp_team.running + dfp_team.waiting < dfp_team.size) {
+        if (dfp_team.running + dfp_team.waiting < dfp_team.size && dfp_now() < until) {
             const unsigned calls = dfp_team.calls;
             dfp_team.waiting++;
             pthread_mutex_unlock(&dfp_team.lock);
-            DFP_WATCH(DFP_READ(dfp_team.calls) != calls);
+            DFP_WATCH(DFP_READ(dfp_team.calls) != calls, until);
             pthread_mutex_lock(&dfp_team.lock);
             dfp_team.waiting--;
             if (dfp_team.calls != calls) continue;
@@ -232,7 +252,8 @@ static void *dfp_open_region(void *first_and_count) {
     return NULL;
 }
 
-/* With the lock held. Where the system has no thread left, the team stays as it is. */
+/* With the lock held. Where the system has no thread left, the team stays as it is, and later jobs
+ * try again; but where OpenMP is the one to find out, it ends the process. */
 static void dfp_grow(int size) {
     pthread_t thread;
     const intptr_t first = dfp_team.size;
@@ -271,7 +292,8 @@ static void dfp_run(dfp_task task, void *work, int64_t n, int threads, int limit
     dfp_call();
     if (job.inside) {
         pthread_mutex_unlock(&dfp_team.lock);
-        DFP_WATCH(!DFP_READ(job.inside));
+        const int64_t until = dfp_now() + DFP_PATIENCE;
+        DFP_WATCH(!DFP_READ(job.inside), until);
         pthread_mutex_lock(&dfp_team.lock);
         while (job.inside) pthread_cond_wait(&job.left, &dfp_team.lock);
     }

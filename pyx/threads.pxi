@@ -23,12 +23,15 @@ cdef extern from "team.h":
     void dfp_run(task_fn task, void* work, int64_t n, int threads, int limit) noexcept nogil
 
 cdef extern from "<omp.h>":
+    void omp_set_dynamic(int) noexcept nogil
     int omp_get_max_threads() noexcept nogil
+    int omp_get_thread_limit() noexcept nogil
     int omp_get_thread_num() noexcept nogil
 
 
 cdef void open_region(int first, int count) noexcept nogil:
     """The region of workers first .. first + count - 1: none of them leaves it."""
+    omp_set_dynamic(0)          # all of them, however busy the machine is now
     with parallel(num_threads=count):
         dfp_serve(first + omp_get_thread_num())
 
@@ -38,7 +41,7 @@ cdef inline int team_size() noexcept nogil:
     if FORKED:
         return 1
     return min(dfp_thread_limit if dfp_thread_limit > 0 else omp_get_max_threads(),
-               DFP_MOST_THREADS)
+               omp_get_thread_limit(), DFP_MOST_THREADS)
 
 
 cdef inline int pass_threads(double count) noexcept nogil:
