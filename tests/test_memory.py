@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 STEPS = """
-import resource
 import sys
 
 import keras
 import numpy as np
 
-import keras_dfp
+from keras_dfp.info import peak_memory
 
 keras.config.set_dtype_policy(sys.argv[1])
 model = keras.applications.ResNet50(weights=None)
@@ -22,7 +21,7 @@ model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_cross
 images = np.random.default_rng(0).standard_normal((32, 224, 224, 3)).astype(np.float32)
 for _ in range(3):
     model.train_on_batch(images, np.arange(32))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory())
 """
 
 
@@ -101,7 +100,7 @@ def run(code, *arguments):
 
 
 def peak(policy):
-    """Returns the resident memory, at most, of a process that trains three steps, in KiB."""
+    """Returns the resident memory, at most, of a process that trains three steps, in bytes."""
     return run(STEPS, policy)[0]
 
 
