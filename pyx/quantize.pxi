@@ -101,8 +101,8 @@ cdef inline int64_t partial_of(const Quantize* z, int64_t at) noexcept nogil:
             + at % z.n // (SUM_PIXELS * z.channels))
 
 
-cdef uint32_t largest(const Quantize* z, int64_t at, int64_t n) noexcept nogil:
-    """The bits of the largest magnitude of n elements; computes what is kept."""
+cdef uint32_t largest(const Quantize* z, int64_t at, int64_t n, float* kept) noexcept nogil:
+    """The bits of the largest magnitude of n elements; what is computed goes to `kept`, if any."""
     cdef float space[COMPUTED]
     cdef float* to
     cdef double* sums
@@ -118,7 +118,7 @@ cdef uint32_t largest(const Quantize* z, int64_t at, int64_t n) noexcept nogil:
         if z.partial != NULL:
             first = at % z.n % (SUM_PIXELS * z.channels)
             part = min(part, SUM_PIXELS * z.channels - first)
-        to = z.kept + at if z.kept != NULL else &space[0]
+        to = kept + at if kept != NULL else &space[0]
         compute(z, at, part, to)
         if z.positive != NULL:
             kernel.positive_bits(to, part, z.positive + at // 8)
@@ -132,7 +132,7 @@ cdef uint32_t largest(const Quantize* z, int64_t at, int64_t n) noexcept nogil:
     return most
 
 
-cdef bint round_and_watch(Quantize* z, int64_t group, int64_t first, int64_t n,
+cdef bint round_and_watch(Quantize* z, int64_t group, int64_t first, int64_t n, float* kept,
                           bint stream) noexcept nogil:
     """Writes n mantissas of a group from element `first` on; returns whether it may be that half of
     what is not zero became zero."""
@@ -140,14 +140,16 @@ cdef bint round_and_watch(Quantize* z, int64_t group, int64_t first, int64_t n,
     cdef const float* x
     cdef int64_t counts[2]
     cdef int64_t at = group * z.n + first, end = at + n, part
-    cdef int64_t block = COMPUTED if z.x == NULL and z.kept == NULL else SAMPLED
+    cdef int64_t block = COMPUTED if z.x == NULL and kept == NULL else SAMPLED
     if not z.watching and z.x != NULL:
         block = n
     memset(counts, 0, sizeof(counts))
     while at < end:
         # While it is in the nearest cache.
         part = min(block, end - at)
-        x = values(z, at, part, space)
+        x = kept + at
+        if kept == NULL:
+            x = values(z, at, part, space)
         round_block(z, x, group, at, part, stream)
         if z.watching and n >= SAMPLED:
             kernel.sample(x, z.q + at, part, counts)
@@ -183,7 +185,7 @@ cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef int64_t first = i * z.block, count = min(z.groups - first, z.block), g
     cdef int64_t end = first + count, part
     cdef bint suspect
-    cdef Quantize mine
+    cdef float* kept = z.kept
     if 0 < z.n <= DFP_SHORT and z.partial == NULL:
         while first < end:
             part = end - first
@@ -192,13 +194,12 @@ cdef void groups_task(void* work, int64_t i, int thread) noexcept nogil:
             short_groups(z, first, part)
             first += part
     else:
-        mine = z[0]
         for g in range(first, end):
             if z.space != NULL:
-                mine.kept = z.space + (thread - g) * z.n
+                kept = z.space + (thread - g) * z.n
             if not z.trusted:
-                z.e[g] = exponent_of(z, g, largest(&mine, g * z.n, z.n))
-            suspect = round_and_watch(&mine, g, 0, z.n, z.stream)
+                z.e[g] = exponent_of(z, g, largest(z, g * z.n, z.n, kept))
+            suspect = round_and_watch(z, g, 0, z.n, kept, z.stream)
             if suspect or z.counting:
                 look_closer(z, g)
 
@@ -209,7 +210,7 @@ cdef void short_groups(Quantize* z, int64_t first, int64_t count) noexcept nogil
     cdef int64_t g, at = first * z.n
     cdef bint suspect
     if z.x == NULL:
-        largest(z, at, count * z.n)
+        largest(z, at, count * z.n, z.kept)
     x = values(z, at, count * z.n, space)
     if z.given == NULL:
         kernel.exponents(x, count, z.n, z.bits, z.e + first)
@@ -254,7 +255,7 @@ cdef void absmax_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef Quantize* z = <Quantize*>work
     cdef int64_t group = i // z.pieces, first = i % z.pieces * z.piece
     dfp_atomic_max(<uint32_t*>z.e + group, largest(
-        z, group * z.n + first, min(z.piece, z.n - first)))
+        z, group * z.n + first, min(z.piece, z.n - first), z.kept))
 
 
 cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
@@ -262,7 +263,7 @@ cdef void round_task(void* work, int64_t i, int thread) noexcept nogil:
     cdef int64_t group = i // z.pieces, first = i % z.pieces * z.piece
     cdef int64_t n = min(z.piece, z.n - first)
     cdef int64_t counts[3]
-    cdef bint suspect = round_and_watch(z, group, first, n, z.stream)
+    cdef bint suspect = round_and_watch(z, group, first, n, z.kept, z.stream)
     if z.counting:
         memset(counts, 0, sizeof(counts))
         count_group(z, group, first, n, counts)
