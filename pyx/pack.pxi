@@ -630,21 +630,22 @@ cdef inline void pack_pairs(const int16_t* from_, int64_t step, int64_t pairs, i
 cdef void pack_b_panel(BSource* s, const int16_t* data, int64_t n0, int64_t nc, int64_t nr,
                        int64_t k0, int64_t kc, int16_t* to) noexcept nogil:
     """Packs columns n0 .. n0 + nc, products k0 .. k0 + kc as [pairs][nr][2], zeros beyond."""
-    cdef int64_t k = 0, pairs, i, n
+    cdef int64_t k = 0, pairs, together, i, n
     cdef const int16_t* p
     cdef const int16_t* q
     while k < kc:
         p = b_row(s, data, k0 + k)
         q = b_row(s, data, k0 + k + 1) if k + 1 < kc else NULL
         pairs = 1
+        # As many as follow each other in this tap.
+        together = max(min(kc - k, s.channels - (k0 + k) % s.padded) // 2, pairs)
         if s.n_stride == 1:
             if p != NULL:
-                # As many as follow each other in this tap.
-                pairs = max(min(kc - k, s.channels - (k0 + k) % s.padded) // 2, pairs)
+                pairs = together
             kernel.interleave(p + n0 if p != NULL else zero_row, q + n0 if q != NULL else zero_row,
                               2 * s.k_stride, pairs, nc, <int>nr, 0, to)
-        elif q != NULL and q == p + 1:
-            pairs = max(min(kc - k, s.channels - (k0 + k) % s.padded) // 2, pairs)
+        elif q == p + 1:
+            pairs = together
             pack_pairs(p + n0 * s.n_stride, s.n_stride, pairs, nc, nr, to)
         else:
             for i in range(nr):

@@ -22,8 +22,6 @@ cdef struct Measuring:
 
 cdef extern from *:
     """
-    #include <time.h>
-
     enum { DFP_LANES = 8 };
 
     /* Adds the sums of x**2 and (x - q * scale)**2: in lanes, so that they can be vectors. */

@@ -247,8 +247,8 @@ static void dfp_serve(int me) {
 }
 
 static void *dfp_open_region(void *first_and_count) {
-    const intptr_t first = (intptr_t)first_and_count / (DFP_MOST_THREADS + 1);
-    dfp_team.region((int)first, (int)((intptr_t)first_and_count % (DFP_MOST_THREADS + 1)));
+    const intptr_t both = (intptr_t)first_and_count;
+    dfp_team.region((int)(both >> 16), (int)(both & 0xffff));
     return NULL;
 }
 
@@ -256,12 +256,10 @@ static void *dfp_open_region(void *first_and_count) {
  * try again; but where OpenMP is the one to find out, it ends the process. */
 static void dfp_grow(int size) {
     pthread_t thread;
-    const intptr_t first = dfp_team.size;
+    const intptr_t first = dfp_team.size, both = first << 16 | (size - first);
     for (int i = dfp_team.size; i < size; i++)
         pthread_cond_init(&dfp_team.worker[i].called, NULL);
-    if (pthread_create(&thread, NULL, dfp_open_region,
-                       (void *)(first * (DFP_MOST_THREADS + 1) + size - first)))
-        return;
+    if (pthread_create(&thread, NULL, dfp_open_region, (void *)both)) return;
     pthread_detach(thread);
     dfp_team.size = size;
 }

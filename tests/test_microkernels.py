@@ -5,32 +5,16 @@ Debian, `apt install qemu-user-static gcc-{aarch64,s390x,riscv64}-linux-gnu`.
 """
 
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from c_programs import SANITIZE, WARNINGS
+from c_programs import run as run_program
 
 from keras_dfp.native import extension
 
-ROOT = Path(__file__).parents[1]
-# Those of setup.py that change what is computed.
-FLAGS = ["-D_GNU_SOURCE", "-fno-math-errno", "-fno-strict-aliasing", "-ffp-contract=off"]
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-
-def run(tmp_path, compiler, options, *emulator):
-    """Builds the program, runs it and returns what it printed."""
-    for tool in (compiler, *emulator):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-    program = tmp_path / "microkernels"
-    source = ROOT / "tests" / "microkernels" / "microkernels.c"
-    command = [compiler, *options, *FLAGS, f"-I{ROOT / 'pyx'}", source, "-lm", "-o", program]
-    subprocess.run(command, check=True)
-    done = subprocess.run([*emulator, program], stdout=subprocess.PIPE, text=True)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def run(tmp_path, *how):
+    return run_program(tmp_path, "microkernels/microkernels.c", *how)
 
 
 def passed(printed):

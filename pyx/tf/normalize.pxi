@@ -287,7 +287,7 @@ cdef void write_computed(Call* c, NormalizeAttrs* a, const Shape* shape, Quantiz
     if bounds != NULL and z.n:
         z.trusted = exponents_of_bounds(z, bounds, shape.dim[shape.rank - 1])
     if z.kept == NULL and not z.by_pieces and not z.trusted and z.n > DFP_SHORT:
-        z.threads = team_size()
+        z.threads = <int>min(<int64_t>team_size(), z.groups)
         z.space = <float*>get_scratch(c, z.threads * z.n * sizeof(float))
     if ok(c):
         quantize_and_tell(t, z, shape)
