@@ -147,8 +147,9 @@ cdef bint round_and_watch(Quantize* z, int64_t group, int64_t first, int64_t n, 
     while at < end:
         # While it is in the nearest cache.
         part = min(block, end - at)
-        x = kept + at
-        if kept == NULL:
+        if kept != NULL:
+            x = kept + at
+        else:
             x = values(z, at, part, space)
         round_block(z, x, group, at, part, stream)
         if z.watching and n >= SAMPLED:
